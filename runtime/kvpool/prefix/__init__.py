@@ -1,0 +1,1 @@
+"""The prefix index: which token prefixes this process holds, where, and who is reading them."""

@@ -1,0 +1,1 @@
+"""Places where blocks lie. Tiers never import each other."""
