@@ -1,0 +1,133 @@
+"""A node of the prefix tree: the edge of whole blocks that leads to it, and where each of those blocks has copies.
+
+Only `kvpool.prefix` writes these fields, under the index's lock. Layout of a node with three blocks of which the last is
+in RAM alone and the first two on SSD too:
+
+    tokens  |block 0|block 1|block 2|        int32 token ids of the edge
+    places  gpu: None   ram: [7, 8, 9]   ssd: [64, 65]      an array ends with the last block that the tier holds; -1 is none
+
+A *hole* is a block with no copy anywhere before another that has one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from kvpool.prefix.tree import PrefixTree
+
+GPU: Final = 0
+RAM: Final = 1
+SSD: Final = 2
+LEVELS: Final = (GPU, RAM, SSD)
+"""The local tiers, fastest first; they index `Node.places`."""
+NOWHERE: Final = -1
+
+NO_CHILDREN: Final[dict[object, Node]] = {}
+"""Shared by all leaves, and never written to."""
+NO_COUNTS: Final = (0, 0, 0)
+
+ChildKey = bytes | tuple[bytes, bytes]
+"""The first block's token bytes; together with its extra key where it has one."""
+
+
+class Node:
+    """An edge of one or more blocks, `start` to `end` in blocks from the prompt's beginning."""
+
+    __slots__ = (
+        "below",
+        "busy",
+        "children",
+        "end",
+        "ends",
+        "extra",
+        "head_end",
+        "head_use",
+        "keys",
+        "last_use",
+        "offered",
+        "parent",
+        "places",
+        "queued",
+        "refs",
+        "save_to",
+        "shared",
+        "solid",
+        "start",
+        "tokens",
+        "tree",
+        "whole",
+    )
+
+    def __init__(
+        self, tree: PrefixTree, parent: Node | None, tokens: bytes, extra: bytes, start: int, end: int
+    ) -> None:
+        self.tree = tree
+        self.parent = parent
+        self.tokens = tokens
+        self.extra = extra
+        """Extra key of the first block; the others have none."""
+        self.start = start
+        self.end = end
+        self.children: dict[object, Node] = NO_CHILDREN
+        self.places: list[array[int] | None] = [None, None, None]
+        self.below: list[int] | tuple[int, ...] = NO_COUNTS
+        """Per level: how many children have, in themselves or below, a copy at that level or a faster one."""
+        self.solid = 0
+        """How many leading blocks have a copy somewhere."""
+        self.whole = False
+        """Whether all have."""
+        self.refs = 0
+        """Leases that pass through to a child, and so hold every block."""
+        self.ends: dict[int, int] | None = None
+        """Leases that end in this edge: depth -> how many."""
+        self.last_use = 0
+        self.head_use = 0
+        self.head_end = 0
+        """The blocks before depth `head_end` were used at `head_use`, later than the rest."""
+        self.keys: bytes | None = None
+        """Block keys, 16 bytes each, once something has needed them."""
+        self.offered = 0
+        """Bit per level: whether the eviction policy holds this node as a candidate."""
+        self.shared = False
+        self.queued = False
+        """In the write queue."""
+        self.busy = False
+        """Some of its blocks are being written to SSD right now."""
+        self.save_to = 0
+        """Blocks before this depth are wanted on SSD."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the edge has."""
+        return self.end - self.start
+
+    def place(self, index: int, level: int) -> int:
+        """Where block `index` of this edge lies at `level`; -1 for nowhere."""
+        places = self.places[level]
+        return places[index] if places is not None and index < len(places) else NOWHERE
+
+    def has_copy(self, index: int) -> bool:
+        """Whether block `index` of this edge lies at any level."""
+        return any(places is not None and index < len(places) and places[index] != NOWHERE for places in self.places)
+
+    def holds(self, level: int) -> bool:
+        """Whether this edge, or anything below it, has a copy at `level` or a faster one."""
+        return self.below[level] > 0 or any(self.places[faster] for faster in range(level + 1))
+
+    def leased_to(self) -> int:
+        """Depth up to which the blocks of this edge are leased; `start` when none is."""
+        if self.refs:
+            return self.end
+        return max(self.ends) if self.ends else self.start
+
+    def tail(self, level: int) -> int:
+        """Index of the block that can leave `level` next, or -1: the last one there, if nothing deeper is as fast."""
+        places = self.places[level]
+        if not places or self.below[level]:
+            return NOWHERE
+        last = len(places) - 1
+        if any((faster := self.places[at]) and len(faster) - 1 > last for at in range(level)):
+            return NOWHERE
+        return last if self.start + last >= self.leased_to() else NOWHERE
