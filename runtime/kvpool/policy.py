@@ -4,33 +4,64 @@ import heapq
 
 from kvpool.prefix.candidates import Candidate
 
+_Entry = tuple[int, int, Candidate]
+
 
 class LruPolicy:
-    """Least recently used first. A heap whose stale entries are pushed back when they surface.
+    """Least recently used first; of equals, the one offered first.
 
-    A use costs nothing here, for it only raises the candidate's `last_use`; taking costs O(log n) per entry that surfaces,
-    and each surfaces at most once for all the uses since it was pushed.
+    A heap, in which entries of withdrawn candidates stay until they surface. When more than half are such, the heap is
+    replaced bit by bit: each later call moves a few entries over, so that none takes long.
     """
 
+    _MOVES = 4
+    """Entries moved per call while the heap is replaced; more than the two that the calls meanwhile can add."""
+
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Candidate]] = []
+        self._offers: dict[Candidate, _Entry] = {}
+        self._heap: list[_Entry] = []
+        self._retired: list[_Entry] = []
+        """The heap that is being replaced: taken from its end, so that it stays a heap."""
         self._serial = 0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._offers)
 
-    def offer(self, candidate: Candidate) -> None:
-        """Add a candidate at its present age."""
+    def offer(self, candidate: Candidate, last_use: int) -> None:
+        """Add a candidate at this age; one that is on offer already gets it in place of its old one."""
         self._serial += 1
-        heapq.heappush(self._heap, (candidate.last_use, self._serial, candidate))
+        entry = (last_use, self._serial, candidate)
+        self._offers[candidate] = entry
+        heapq.heappush(self._heap, entry)
+        self._tidy()
 
-    def take(self) -> Candidate | None:
-        """Return the candidate that was used longest ago."""
-        heap = self._heap
-        while heap:
-            used, serial, candidate = heap[0]
-            if candidate.last_use <= used:
-                heapq.heappop(heap)
-                return candidate
-            heapq.heapreplace(heap, (candidate.last_use, serial, candidate))
+    def withdraw(self, candidate: Candidate) -> None:
+        """Forget a candidate; nothing happens when it is not on offer."""
+        if self._offers.pop(candidate, None) is not None:
+            self._tidy()
+
+    def take(self) -> tuple[Candidate, int] | None:
+        """Return the candidate that was used longest ago, and the age at which it was offered."""
+        while self._heap or self._retired:
+            heap = self._heap
+            if not heap or (self._retired and self._retired[0] < heap[0]):
+                heap = self._retired
+            entry = heapq.heappop(heap)
+            if self._offers.get(entry[2]) is entry:
+                del self._offers[entry[2]]
+                return entry[2], entry[0]
         return None
+
+    def offered_at(self, candidate: Candidate) -> int | None:
+        """The age at which the candidate is on offer; None when it is not."""
+        entry = self._offers.get(candidate)
+        return None if entry is None else entry[0]
+
+    def _tidy(self) -> None:
+        if self._retired:
+            for _ in range(min(self._MOVES, len(self._retired))):
+                entry = self._retired.pop()
+                if self._offers.get(entry[2]) is entry:
+                    heapq.heappush(self._heap, entry)
+        elif len(self._heap) > 2 * len(self._offers) + 64:
+            self._retired, self._heap = self._heap, []

@@ -1,7 +1,6 @@
-"""What became of blocks that are no longer here, so that a miss can be explained. Bounded; the oldest is forgotten first."""
+"""What became of blocks that are no longer here, so that a miss can be explained. Bounded; oldest forgotten first."""
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -28,29 +27,52 @@ class Fate(NamedTuple):
 
 
 class History:
-    """The last `capacity` losses by block key; about 250 bytes each. Guarded by the index's lock."""
+    """Losses by block key: always the last `capacity / 2`, never more than `capacity`; some 150 bytes each.
+
+    Two generations: when the young one has `capacity / 2` losses, it becomes the old one, and the old one is forgotten;
+    so noting a run of blocks is one bulk update. Guarded by the index's lock.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.complete_since_s: float | None = None
         """None while nothing was ever forgotten; else a block lost before this time may be missing here."""
-        self._fates: OrderedDict[BlockKey, Fate] = OrderedDict()
+        self._young: dict[BlockKey, Fate] = {}
+        self._old: dict[BlockKey, Fate] = {}
+        self._young_until_s = 0.0
+        self._old_until_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._fates)
+        return sum(1 for _ in self.items())
 
     def note(self, key: BlockKey, fate: Fate) -> None:
         """Remember how this block was lost, in place of what was known."""
-        self._fates[key] = fate
-        self._fates.move_to_end(key)
-        if len(self._fates) > self.capacity:
-            _, forgotten = self._fates.popitem(last=False)
-            self.complete_since_s = max(self.complete_since_s or 0.0, forgotten.at_s)
+        self.note_all([key], fate)
+
+    def note_all(self, keys: Iterable[BlockKey], fate: Fate) -> None:
+        """Remember that these blocks, a few, were lost together."""
+        pending = list(keys)
+        half = max(self.capacity // 2, 1)
+        while pending:
+            room = half - len(self._young)
+            if room <= 0:
+                self._forget_old()
+                continue
+            self._young.update(dict.fromkeys(pending[:room], fate))
+            self._young_until_s = max(self._young_until_s, fate.at_s)
+            del pending[:room]
 
     def fate(self, key: BlockKey) -> Fate | None:
         """How this block was lost, if it was and is still remembered."""
-        return self._fates.get(key)
+        return self._young.get(key) or self._old.get(key)
 
-    def items(self) -> Iterable[tuple[BlockKey, Fate]]:
-        """Every remembered loss, oldest first."""
-        return self._fates.items()
+    def items(self) -> Iterator[tuple[BlockKey, Fate]]:
+        """Every remembered loss, about oldest first."""
+        yield from ((key, fate) for key, fate in self._old.items() if key not in self._young)
+        yield from self._young.items()
+
+    def _forget_old(self) -> None:
+        if self._old:
+            self.complete_since_s = self._old_until_s
+        self._old, self._young = self._young, {}
+        self._old_until_s = self._young_until_s

@@ -2,8 +2,8 @@
 
 It is authoritative for the local tiers (gpu, ram, ssd) and holds no payload: a place is an integer that its tier
 understands. One short lock guards everything; no call holds it for more than 32 blocks' work, `check_integrity` and
-`restore` excepted. A place that leaves the index is returned to the caller, who gives it back to the tier; between the two
-nobody else can find it.
+`restore` excepted. A place that leaves the index is returned to the caller, who gives it back to the tier; between the
+two nobody else can find it.
 
 A `Pin` is the index's half of a lease: it keeps the blocks before `depth` from being evicted, moved or changed.
 """
@@ -15,21 +15,30 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from itertools import repeat
+from typing import Final, NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey
-from kvpool.prefix.candidates import EvictionPolicy
+from kvpool.prefix.candidates import Candidates, EvictionPolicy
 from kvpool.prefix.history import Fate, History, Loss
-from kvpool.prefix.node import GPU, LEVELS, NO_CHILDREN, NOWHERE, RAM, SSD, Node
-from kvpool.prefix.tree import Extras, PrefixTree, TreeId, child_key, common_blocks, count_solid, run_end, stripped
+from kvpool.prefix.node import LEVELS, NO_CHILDREN, NOWHERE, SSD, Node
+from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, child_key, common_blocks, count_solid, stripped
 
-LEVEL_NAMES = ("gpu", "ram", "ssd")
-BATCH_BLOCKS = 32
+LEVEL_NAMES: Final = ("gpu", "ram", "ssd")
+BATCH_BLOCKS: Final = 32
 """The most blocks that are worked on under one hold of the lock."""
-NODE_BYTES = 720
-"""What a node takes beside its blocks: object, lists, arrays' heads, entry in its parent (measured, see the tests)."""
-BLOCK_OVERHEAD_BYTES = 40
-"""What a block takes beside its token ids: its key, and a place in two tiers."""
+MAX_EDGE_BYTES: Final = 256 << 10
+"""An edge is not lengthened beyond so many bytes of token ids, for lengthening and splitting copy them."""
+TREE_BYTES: Final = 2048
+"""What a tree takes before it has a block."""
+NODE_BYTES: Final = 1040
+"""What a node takes beside its blocks: object, lists, arrays' heads, entries in its parent and in the policies."""
+KEY_IN_PARENT_BYTES: Final = 33
+"""What the copy of the first block's token ids takes, beside them, that is the node's key in its parent."""
+BLOCK_OVERHEAD_BYTES: Final = KEY_BYTES
+"""What a block takes beside its token ids: its key."""
+PLACE_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +49,21 @@ class SharingRules:
     protect: bool = True
     min_prefix_tokens: int = 64
     max_shared_bytes: int = 8 << 30
+    """Above so many shared bytes in a tier, shared blocks there are candidates like all others."""
 
 
 class Pin:
-    """The right to read the blocks before `depth`. Made and ended by the index only."""
+    """The right to read the blocks before `depth`. Made and ended by the index only; used by one thread at a time."""
 
-    __slots__ = ("depth", "node", "tree")
+    __slots__ = ("depth", "key", "node", "tree")
 
     def __init__(self, tree: PrefixTree, node: Node, depth: int) -> None:
         self.tree = tree
         self.node = node
+        """Where the pin ended when it was made or moved; splits since then may have moved its end upwards."""
         self.depth = depth
+        self.key: BlockKey | None = None
+        """Key of the last pinned block, once something has asked for it."""
 
 
 class Gone(NamedTuple):
@@ -61,6 +74,21 @@ class Gone(NamedTuple):
     record_bytes: int
     last: bool
     """Whether it was the block's last copy."""
+
+
+_gone: Callable[[tuple[int, int, int, bool]], Gone] = partial(tuple.__new__, Gone)
+"""`Gone` from a tuple, in a third of the time."""
+
+
+class _Grave:
+    """What is left of an erased tree: nodes not yet visited, and those on which a lease was found."""
+
+    __slots__ = ("leased", "tree", "unvisited")
+
+    def __init__(self, tree: PrefixTree) -> None:
+        self.tree = tree
+        self.unvisited = list(tree.root.children.values())
+        self.leased: list[Node] = []
 
 
 class PrefixIndex:
@@ -80,6 +108,7 @@ class PrefixIndex:
         self.trees: dict[TreeId, PrefixTree] = {}
         self.limit_bytes = limit_bytes
         self.bytes = 0
+        """What the index takes of this process's memory, as estimated; 0 when it holds nothing."""
         self.blocks = 0
         self.sharing = sharing or SharingRules()
         self.history = history or History(16_384)
@@ -88,18 +117,20 @@ class PrefixIndex:
         self.copy_bytes = [0, 0, 0]
         self.shared_bytes = [0, 0, 0]
         self.on_ssd: dict[int, set[Node]] = {}
-        """Segment -> the nodes some of whose blocks may lie in it."""
-        self.erased: list[list[Node]] = []
-        """Per tree that nobody can match any more: the nodes that are left, parents before children."""
+        """Segment -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
+        self._graves: list[_Grave] = []
         self._clock = clock
-        self._segment_of = segment_of
-        self._uses = 0
-        self._policies = [make_policy() for _ in LEVELS]
-        self._protected = [make_policy() for _ in LEVELS]
-        self._parked: list[list[Node]] = [[], [], []]
-        """Candidates that were leased when they were taken; offered again when leases have been closed."""
-        self._closes = 0
-        self._closes_when_parked = [0, 0, 0]
+        self.segment_of = segment_of
+        self.uses = 0
+        """The clock of ages: how many leases were opened or lengthened."""
+        self.candidates = [
+            Candidates(level, make_policy, protects=self._protects, is_protected=self._is_protected) for level in LEVELS
+        ]
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether the index itself takes more than it may."""
+        return self.bytes > self.limit_bytes
 
     # -- trees ---------------------------------------------------------------------------------------------------------
 
@@ -110,41 +141,48 @@ class PrefixIndex:
     def add_tree(self, tree: PrefixTree) -> PrefixTree:
         """Enter an empty tree, or return the one that another thread has entered meanwhile."""
         with self.lock:
-            return self.trees.setdefault(tree.id, tree)
+            return self._entered(tree)
 
     def erase(self, tree: PrefixTree) -> None:
         """From now on nothing of this tree is found or entered. `bury` gives its copies back."""
         with self.lock:
-            if not tree.gone:
-                tree.gone = True
-                self.trees.pop(tree.id, None)
-                self.erased.append(list(tree.nodes()))
+            for victim in (tree, self.trees.get(tree.id)):
+                if victim is not None and not victim.erased:
+                    self._give_up(victim)
+                    victim.erased = True
+                    self._graves.append(_Grave(victim))
 
     def bury(self) -> list[Gone]:
         """Give back up to 32 blocks' copies of erased trees; none when only leased ones are left."""
         with self.lock:
             gone: list[Gone] = []
-            for nodes in self.erased:
-                leased = []
-                while nodes and len(gone) < BATCH_BLOCKS:
-                    if nodes[-1].leased_to() > nodes[-1].start:
-                        leased.append(nodes.pop())
-                    elif not self._bury_last_block(nodes[-1], gone):
-                        nodes.pop()
-                nodes.extend(reversed(leased))
-            self.erased = [nodes for nodes in self.erased if nodes]
+            for grave in self._graves:
+                self._bury(grave, gone)
+                if not grave.unvisited:
+                    self._bury_leased(grave, gone)
+            self._graves = [grave for grave in self._graves if grave.unvisited or grave.leased]
             return gone
+
+    def buried_trees(self) -> list[PrefixTree]:
+        """The erased trees of which something is left. Call with the lock held."""
+        return [grave.tree for grave in self._graves]
 
     # -- leases --------------------------------------------------------------------------------------------------------
 
     def match(
         self, tree: PrefixTree, tokens: bytes, extras: Extras | None = None, most_blocks: int | None = None
     ) -> Pin:
-        """Pin the longest prefix of `tokens` all of whose blocks have a copy; at most `most_blocks` of them."""
+        """Pin the longest prefix of `tokens` all of whose blocks have a copy; at most `most_blocks` of them.
+
+        A tree that was given up because it was empty is entered again; or another that has taken its place is used.
+        """
         with self.lock:
-            node, depth = tree.find(tokens) if not extras else tree.find_with_extras(tokens, extras)
             if tree.gone:
+                tree = self._entered(tree)
+            if tree.erased:
                 node, depth = tree.root, 0
+            else:
+                node, depth = tree.find_with_extras(tokens, extras) if extras else tree.find(tokens)
             if most_blocks is not None and depth > most_blocks:
                 depth = most_blocks
                 while node.start >= depth and node.parent is not None:
@@ -155,45 +193,45 @@ class PrefixIndex:
     def unpin(self, pin: Pin) -> None:
         """End a pin. Not to be called twice."""
         with self.lock:
-            self._let_go(pin.node, pin.depth)
+            self._let_go(self._settled(pin), pin.depth)
 
     def shorten(self, pin: Pin, depth: int) -> None:
-        """Let go of the blocks from `depth` on."""
+        """Let go of the blocks from `depth` on. No use: ages stay as they are."""
         with self.lock:
-            node = self._settled(pin)
-            target = node
+            if depth >= pin.depth:
+                return
+            node = target = self._settled(pin)
             while target.start >= depth and target.parent is not None:
                 target = target.parent
-            self._hold(target, depth)
+            self._count_lease(target, depth)
             self._let_go(node, pin.depth)
-            pin.node, pin.depth = target, depth
+            pin.node, pin.depth, pin.key = target, depth, None
 
     def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
         """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained."""
         with self.lock:
             tree = pin.tree
-            if tree.gone:
+            if tree.erased:
                 return 0
-            node, depth = tree.find(tokens) if not extras else tree.find_with_extras(tokens, extras)
+            node, depth = tree.find_with_extras(tokens, extras) if extras else tree.find(tokens)
             gained = depth - pin.depth
             if gained <= 0:
                 return 0
             self._move(pin, node, depth)
+            pin.key = None
             return gained
 
     def places(self, pin: Pin, level: int) -> list[int]:
         """Where each pinned block lies at `level`, in order; -1 for nowhere."""
         with self.lock:
-            found: list[list[int]] = []
-            node: Node | None = self._settled(pin)
-            until = pin.depth
-            while node is not None and node.parent is not None:
-                places = node.places[level]
-                known = list(places[: until - node.start]) if places is not None else []
-                found.append(known + [NOWHERE] * (until - node.start - len(known)))
-                until = node.start
-                node = node.parent
-            return [place for places in reversed(found) for place in places]
+            found: list[int] = []
+            for node in self.path(pin):
+                wanted = min(node.end, pin.depth) - node.start
+                known = node.places[level]
+                run = known[:wanted].tolist() if known is not None else []
+                found += run
+                found += [NOWHERE] * (wanted - len(run))
+            return found
 
     def path(self, pin: Pin) -> list[Node]:
         """The nodes of the pinned prefix, from the first on. Call with the lock held."""
@@ -203,6 +241,14 @@ class PrefixIndex:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
+
+    def shared_blocks(self, pin: Pin) -> int:
+        """How many of the pinned blocks are a shared prefix."""
+        with self.lock:
+            node = self._settled(pin)
+            while node.parent is not None and not node.shared:
+                node = node.parent
+            return min(node.end, pin.depth)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -214,128 +260,178 @@ class PrefixIndex:
         Returns the places that were not taken, for the caller to give back: those of blocks that have a copy at `level`
         already, or all when the tree was erased meanwhile. At most 32 blocks a call.
         """
+        tree, first = pin.tree, pin.depth
+        size = tree.token_bytes
+        run = tokens[first * size : (first + len(places)) * size]
+        if len(places) > BATCH_BLOCKS or len(run) != len(places) * size:
+            raise ValueError(
+                f"attach takes at most {BATCH_BLOCKS} blocks of tokens and as many places, not {len(places)}"
+            )
+        if not places:
+            return []
+        keys = tree.keys_after(self._last_key(pin), first, run, extras)
         with self.lock:
-            if pin.tree.gone:
+            if tree.erased:
                 return list(places)
-            size, first = pin.tree.token_bytes, pin.depth
-            run = tokens[first * size : (first + len(places)) * size]
-            node, refused = self._enter(self._settled(pin), first, run, level, places, extras)
+            node, refused = self._enter(self._settled(pin), first, run, keys, level, places, extras)
             self._move(pin, node, first + len(places))
+            pin.key = BlockKey(keys[-KEY_BYTES:])
             return refused
 
     def fill(self, pin: Pin, first: int, level: int, places: Sequence[int]) -> list[int]:
         """Enter further copies of pinned blocks, from block `first` on; -1 skips one. Returns those not taken."""
         with self.lock:
-            if pin.tree.gone:
+            if pin.tree.erased:
                 return [place for place in places if place != NOWHERE]
             refused: list[int] = []
             for node in self.path(pin):
-                for depth in range(max(first, node.start), min(first + len(places), node.end)):
-                    place = places[depth - first]
-                    if place != NOWHERE:
-                        refused += self._set_copies(node, depth - node.start, level, [place])
+                depth = max(first, node.start)
+                until = min(first + len(places), node.end, pin.depth)
+                while depth < until:
+                    run = _run_of_places(places, depth - first, until - first)
+                    if run:
+                        refused += self._set_copies(node, depth - node.start, level, run)
+                    depth += len(run) or 1
             return refused
 
     def lose(self, pin: Pin, depth: int, level: int, place: int, reason: Loss) -> list[Gone]:
         """Drop one copy that turned out to be bad, of pinned block `depth`, if it still lies at `place`."""
         with self.lock:
+            gone: list[Gone] = []
             for node in self.path(pin):
-                if node.start <= depth < node.end and node.place(depth - node.start, level) == place:
-                    return [self._remove_copy(node, depth - node.start, level, reason)]
-            return []
+                if node.start <= depth < node.end and node.place(depth - node.start, level) == place != NOWHERE:
+                    self._remove(node, depth - node.start, depth - node.start + 1, level, reason, gone)
+            return gone
 
     def evict(self, level: int, wanted_bytes: int, *, loss: Loss = Loss.EVICTED) -> list[Gone]:
         """Take blocks out of `level`, the policy's choice first, until `wanted_bytes` are free or 32 blocks have gone.
 
-        Fewer when nothing else may go. A block whose last copy goes takes along what lies below it.
+        Empty when nothing may go. A block whose last copy goes takes along what lies below it, and that goes first: so
+        a call may return copies of other levels only.
         """
         with self.lock:
             gone: list[Gone] = []
             freed = 0
             while freed < wanted_bytes and len(gone) < BATCH_BLOCKS:
-                node = self._take_candidate(level)
+                node = self.candidates[level].take()
                 if node is None:
                     break
                 freed += self._evict_tail(node, level, wanted_bytes - freed, loss, gone)
-                self._offer(node, level)
+                self.candidates[level].offer(node)
+            return gone
+
+    def shrink(self) -> list[Gone]:
+        """Forget up to 32 blocks, with all their copies, while the index is over its limit; least recently used first.
+
+        Leaves on SSD go first, for most of the index is there; then those of faster tiers. Empty when nothing may go.
+        """
+        with self.lock:
+            gone: list[Gone] = []
+            while self.over_limit and len(gone) < BATCH_BLOCKS:
+                taken = self._take_slowest()
+                if taken is None:
+                    break
+                node, level = taken
+                last, leased = node.tail(level), node.leased_to() - node.start
+                first = max(last + 1 - BATCH_BLOCKS + len(gone), node.same_age_from(last), leased)
+                self._remove_blocks(node, first, Loss.INDEX_FULL, gone)
+                self.candidates[level].offer(node)
             return gone
 
     def vacate(self, node: Node, segment: int, *, keep_leased: bool = True) -> tuple[list[Gone], bool]:
-        """Remove a node's copies that lie in an SSD segment, last block first; False when a lease forbade some."""
+        """Remove a node's copies that lie in an SSD segment, last block first; False when a lease forbade some.
+
+        At most 32 a call: to be called again until it removes none.
+        """
         with self.lock:
             gone: list[Gone] = []
-            for index in reversed(range(len(node.places[SSD] or ()))):
-                if self._segment_of(node.place(index, SSD)) != segment or node.place(index, SSD) == NOWHERE:
-                    continue
-                if keep_leased and node.start + index < node.leased_to():
+            kept = node.leased_to() - node.start if keep_leased else 0
+            places = node.places[SSD] or ()
+            inside = [at for at, place in enumerate(places) if place != NOWHERE and self.segment_of(place) == segment]
+            for index in reversed(inside):
+                if index < kept:
                     return gone, False
-                gone.append(self._remove_copy(node, index, SSD, Loss.SEGMENT_FREED))
                 if len(gone) >= BATCH_BLOCKS:
                     break
+                self._remove(node, index, index + 1, SSD, Loss.SEGMENT_FREED, gone)
             return gone, True
 
     def move_on_ssd(self, node: Node, old: int, new: int) -> bool:
         """Point the block that lies at `old` to `new`; False when nothing in this node lies there any more."""
         with self.lock:
-            for at in (node, *self._ancestors(node)):
+            at: Node | None = node
+            while at is not None:
                 places = at.places[SSD]
                 if places is not None and old in places:
                     places[places.index(old)] = new
-                    self.on_ssd.setdefault(self._segment_of(new), set()).add(at)
+                    self._enter_segments(at, [new])
+                    self._leave_segments(at, [old])
                     return True
+                at = at.parent
             return False
 
     def mark_shared(self, pin: Pin) -> None:
         """Declare the pinned prefix shared, whether or not requests have diverged after it."""
         with self.lock:
-            self._mark_shared(self._settled(pin))
+            if pin.tree.erased:
+                return
+            node = self._settled(pin)
+            if not node.shared and node.start < pin.depth < node.end:
+                node = self._split(node, pin.depth - node.start)
+            self._mark_shared(node)
 
-    @property
-    def over_limit(self) -> bool:
-        """Whether the index itself takes more than it may."""
-        return self.bytes > self.limit_bytes
-
-    # -- inside, with the lock held ------------------------------------------------------------------------------------
+    # -- inside, with the lock held: leases ----------------------------------------------------------------------------
 
     def _hold(self, node: Node, depth: int) -> None:
-        self._uses = now = self._uses + 1
+        """Count a lease that ends at `depth` in `node`, and date all that it covers."""
+        self.uses = now = self.uses + 1
+        if depth == node.end:
+            node.last_use = now
+        else:
+            node.use_head(depth, now)
         ends = node.ends
         if ends is None:
             node.ends = {depth: 1}
         else:
             ends[depth] = ends.get(depth, 0) + 1
-        if depth == node.end:
-            node.last_use = now
-        else:
-            node.head_use = now
-            if depth > node.head_end:
-                node.head_end = depth
         above = node.parent
         while above is not None:
             above.refs += 1
             above.last_use = now
             above = above.parent
 
-    def _let_go(self, node: Node, depth: int) -> None:
-        while node.start >= depth and node.parent is not None:
-            node = node.parent
-        ends = node.ends
-        assert ends is not None
-        if ends[depth] == 1:
-            del ends[depth]
-            if not ends:
-                node.ends = None
-        else:
-            ends[depth] -= 1
+    @staticmethod
+    def _count_lease(node: Node, depth: int) -> None:
+        if node.ends is None:
+            node.ends = {}
+        node.ends[depth] = node.ends.get(depth, 0) + 1
         above = node.parent
         while above is not None:
-            above.refs -= 1
+            above.refs += 1
             above = above.parent
-        self._closes += 1
+
+    def _let_go(self, node: Node, depth: int) -> None:
+        ends = node.ends
+        assert ends is not None
+        if ends[depth] > 1:
+            ends[depth] -= 1
+        elif len(ends) > 1:
+            del ends[depth]
+        else:
+            node.ends = None
+        if node.parked:
+            self._release(node)
+        above = node.parent
+        while above is not None:
+            above.refs = refs = above.refs - 1
+            if not refs and above.parked:
+                self._release(above)
+            above = above.parent
         if not node.whole or node.parent is None:
             self._prune(node)
 
-    def _settled(self, pin: Pin) -> Node:
+    @staticmethod
+    def _settled(pin: Pin) -> Node:
         """The node in which the pin ends now: a split may have moved it up."""
         node = pin.node
         while node.start >= pin.depth and node.parent is not None:
@@ -344,294 +440,382 @@ class PrefixIndex:
         return node
 
     def _move(self, pin: Pin, node: Node, depth: int) -> None:
+        """Lengthen the pin: the longer lease is counted before the shorter one ends."""
         self._hold(node, depth)
         self._let_go(self._settled(pin), pin.depth)
         pin.node, pin.depth = node, depth
 
+    def _last_key(self, pin: Pin) -> BlockKey:
+        if pin.key is None:
+            with self.lock:
+                pin.key = pin.tree.key_before(self._settled(pin), pin.depth)
+        return pin.key
+
+    def _release(self, node: Node) -> None:
+        for candidates in self.candidates:
+            candidates.release(node)
+
+    # -- inside, with the lock held: entering --------------------------------------------------------------------------
+
     def _enter(
-        self, node: Node, depth: int, run: bytes, level: int, places: Sequence[int], extras: Extras | None
+        self,
+        node: Node,
+        depth: int,
+        run: bytes,
+        keys: bytes,
+        level: int,
+        places: Sequence[int],
+        extras: Extras | None,
     ) -> tuple[Node, list[int]]:
         """Walk from `depth` in `node` along `run`, making what is missing, and set the copies on the way."""
-        tree, size = node.tree, node.tree.token_bytes
+        size = node.tree.token_bytes
         refused: list[int] = []
         first, until = depth, depth + len(places)
+        runs = Runs(extras, until)
         while depth < until:
-            at = (depth - first) * size
-            stop = run_end(depth, until, extras)
-            if depth < node.end:
-                limit = min(node.end, stop) - depth
-                inside = depth > node.start
-                blocked = inside and extras is not None and depth in extras
-                common = 0 if blocked else common_blocks(node.tokens, (depth - node.start) * size, run, at, limit, size)
-                if not common:
-                    node = self._split(node, depth - node.start)
-                    continue
-                refused += self._set_copies(
-                    node, depth - node.start, level, places[depth - first : depth - first + common]
+            at, stop = depth - first, runs.end_after(depth)
+            extra = extras.get(depth, b"") if extras else b""
+            if depth == node.end:
+                known = node.children.get(child_key(run, at, size, {at: extra}))
+                node = known or self._grow(
+                    node,
+                    run[at * size : (stop - first) * size],
+                    keys[at * KEY_BYTES : (stop - first) * KEY_BYTES],
+                    extra,
                 )
+            inside = depth - node.start
+            common = 0
+            if not (inside and extra):
+                common = common_blocks(node.tokens, inside * size, run, at * size, min(node.end, stop) - depth, size)
+            if common:
+                refused += self._set_copies(node, inside, level, places[at : at + common])
                 depth += common
-                continue
-            key = child_key(
-                run, depth - first, size, {depth - first: extras[depth]} if extras and depth in extras else {}
-            )
-            child = node.children.get(key)
-            if child is None:
-                extra = extras.get(depth, b"") if extras else b""
-                child = self._grow(node, run[at : (stop - first) * size], extra)
-            node = child
+            else:
+                node = self._split(node, inside)
         return node, refused
 
-    def _grow(self, node: Node, run: bytes, extra: bytes) -> Node:
-        """Make room for the blocks of `run` after `node`: in its own edge if it is a leaf, else in a new child."""
-        blocks = len(run) // node.tree.token_bytes
+    def _grow(self, node: Node, run: bytes, keys: bytes, extra: bytes) -> Node:
+        """Make room for the blocks of `run` after `node`: in its edge if that may grow, else in a new child."""
+        blocks = len(keys) // KEY_BYTES
         self.blocks += blocks
-        if node.parent is not None and node.children is NO_CHILDREN and not extra:
-            self.bytes += self._cost(node, node.blocks + blocks) - self._cost(node, node.blocks)
-            node.tokens += run
-            node.end += blocks
-            node.whole = False
+        tree = node.tree
+        leaf = node.children is NO_CHILDREN and node.parent is not None
+        if leaf and not extra and not node.shared and len(node.tokens) + len(run) <= MAX_EDGE_BYTES:
+            self.bytes += edge_bytes(node, node.blocks + blocks) - edge_bytes(node, node.blocks)
+            tree.append(node, run, keys)
             return node
-        diverges = bool(node.children) and node.parent is not None
-        child = node.tree.add_child(node, run, extra)
-        child.last_use = self._uses
-        self.bytes += self._cost(child, blocks)
-        if diverges and self.sharing.auto_detect:
+        child = tree.add_child(node, run, keys, extra)
+        self.bytes += edge_bytes(child, blocks)
+        if len(node.children) > 1 and self.sharing.auto_detect:
             self._mark_shared(node)
         return child
 
     def _split(self, node: Node, at: int) -> Node:
+        """Cut an edge in two and return the upper node; the lower one goes if it has neither copies nor leases."""
         blocks = node.blocks
         upper = node.tree.split(node, at)
-        self.bytes += self._cost(upper, at) + self._cost(node, blocks - at) - self._cost(node, blocks)
-        for place in upper.places[SSD] or ():
-            if place != NOWHERE:
-                self.on_ssd.setdefault(self._segment_of(place), set()).add(upper)
-        for level in (GPU, RAM):
-            self._offer(upper, level)
+        self.bytes += edge_bytes(upper, at) + edge_bytes(node, blocks - at) - edge_bytes(node, blocks)
+        moved = upper.places[SSD]
+        if moved is not None:
+            self._enter_segments(upper, moved)
+            self._leave_segments(node, moved)
+        for candidates in self.candidates:
+            if not node.places[candidates.level]:
+                candidates.withdraw(node)
+            candidates.release(node)
+            candidates.offer(upper)
         self._prune(node)
         return upper
 
     def _set_copies(self, node: Node, index: int, level: int, places: Sequence[int]) -> list[int]:
-        held = [node.holds(at) for at in LEVELS]
+        """Enter copies at `level` of the blocks from `index` on; return the places of those that have one there."""
         known = node.places[level]
+        held = None
         if known is None:
+            held = [node.holds(at) for at in LEVELS]
             known = node.places[level] = array("q")
         refused: list[int] = []
-        for place in places:
-            if index < len(known):
-                if known[index] != NOWHERE:
-                    refused.append(place)
-                    index += 1
-                    continue
-                known[index] = place
-            else:
-                known.extend([NOWHERE] * (index - len(known)))
-                known.append(place)
-            index += 1
-            self._count(node, level, 1)
-            if level == SSD:
-                self.on_ssd.setdefault(self._segment_of(place), set()).add(node)
-        if not node.whole:
-            node.solid = count_solid(node, node.solid)
+        end = index + len(places)
+        if len(known) <= index:
+            if len(known) < index:
+                known.extend(repeat(NOWHERE, index - len(known)))
+            known.extend(places)
+            taken = places
+        else:
+            taken, refused = _fill_gaps(known, index, places)
+        self._count(node, level, len(taken))
+        if level == SSD and taken:
+            self._enter_segments(node, taken)
+        if not node.whole and index <= node.solid < end:
+            node.solid = count_solid(node, end)
             node.whole = node.solid == node.blocks
-        self._propagate(node, held)
-        self._offer(node, level)
+        if held is not None:
+            for at in LEVELS[level:]:
+                if not held[at]:
+                    self._carry(node, at, 1)
+        if node.heads is None:
+            self.candidates[level].offer(node)
+        else:
+            self.candidates[level].offer_deeper(node)
         return refused
 
-    def _remove_copy(self, node: Node, index: int, level: int, loss: Loss) -> Gone:
-        held = [node.holds(at) for at in LEVELS]
+    def _mark_shared(self, node: Node) -> None:
+        while node.parent is not None and not node.shared:
+            node.shared = True
+            for level in LEVELS:
+                places = node.places[level]
+                if places is not None:
+                    self.shared_bytes[level] += (len(places) - places.count(NOWHERE)) * node.tree.record_bytes
+            node = node.parent
+
+    # -- inside, with the lock held: removing --------------------------------------------------------------------------
+
+    def _remove(self, node: Node, first: int, until: int, level: int, loss: Loss, gone: list[Gone]) -> None:
+        """Remove the copies at `level` of the blocks from `first` to before `until`, last first, leased or not."""
         places = node.places[level]
-        assert places is not None
-        place = places[index]
-        places[index] = NOWHERE
-        node.places[level] = stripped(places)
-        self._count(node, level, -1)
-        last = not node.has_copy(index)
-        if last:
-            self._note_loss(node, index, level, loss)
-            node.solid = min(node.solid, index)
+        if places is None or first >= len(places):
+            return
+        taken = places[first:until]
+        if until >= len(places):
+            del places[first:]
+            node.places[level] = stripped(places)
+        else:
+            places[first:until] = array("q", [NOWHERE]) * len(taken)
+        record_bytes = node.tree.record_bytes
+        if NOWHERE not in taken and node.held_to() <= first:
+            lost: Sequence[int] = range(first, first + len(taken))
+            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True)))
+            found = len(taken)
+        else:
+            here = [(at, place) for at, place in enumerate(taken, first) if place != NOWHERE]
+            lost = [at for at, _ in here if not node.has_copy(at)]
+            lasts = set(lost)
+            gone += [Gone(level, place, record_bytes, at in lasts) for at, place in reversed(here)]
+            found = len(here)
+        self._count(node, level, -found)
+        if level == SSD:
+            self._leave_segments(node, taken)
+        if node.places[level] is None:
+            for at in LEVELS[level:]:
+                if not node.holds(at):
+                    self._carry(node, at, -1)
+        for slower in LEVELS[level + 1 :]:
+            self.candidates[slower].offer(node)
+        if lost:
+            self._note_loss(node, lost, level, loss)
+            node.solid = min(node.solid, lost[0])
             node.whole = False
-        self._propagate(node, held)
-        for slower in range(level + 1, len(LEVELS)):
-            self._offer(node, slower)
-        if last:
             self._prune(node)
-        return Gone(level, place, node.tree.record_bytes, last)
 
-    def _remove_block(self, node: Node, index: int, loss: Loss) -> list[Gone]:
-        """Remove every copy of one block, without looking at leases."""
-        gone = []
+    def _remove_blocks(self, node: Node, first: int, loss: Loss, gone: list[Gone]) -> None:
+        """Remove every copy of the blocks from `first` on, without looking at leases."""
+        until = node.held_to()
         for level in LEVELS:
-            if node.place(index, level) != NOWHERE:
-                gone.append(self._remove_copy(node, index, level, loss))
-        return gone
+            self._remove(node, first, until, level, loss, gone)
 
-    def _bury_last_block(self, node: Node, gone: list[Gone]) -> bool:
-        last = node.blocks - 1
-        if last < 0:
-            return False
-        gone += self._remove_block(node, last, Loss.EVICTED)
-        if node.blocks == last + 1:
-            self._cut(node, last)
-        return True
+    def _take_slowest(self) -> tuple[Node, int] | None:
+        for level in reversed(LEVELS):
+            if (node := self.candidates[level].take()) is not None:
+                return node, level
+        return None
 
     def _evict_tail(self, node: Node, level: int, wanted_bytes: int, loss: Loss, gone: list[Gone]) -> int:
-        """Evict blocks from the end of one edge while they are of one age; return the bytes freed at `level`."""
-        freed = 0
+        """Evict blocks of one age from the end of one edge; return the bytes freed at `level`."""
+        last = node.tail(level)
+        room = BATCH_BLOCKS - len(gone)
+        if not _has_other_copy(node, last, level) and (node.children or node.held_to() > last + 1):
+            self._remove_deepest(node, last, room, gone)
+            return 0
         record_bytes = node.tree.record_bytes
-        while freed < wanted_bytes and len(gone) < BATCH_BLOCKS and (index := node.tail(level)) != NOWHERE:
-            if node.head_end and node.start + index < node.head_end:
-                node.last_use, node.head_use, node.head_end = node.head_use, 0, 0
-                break
-            only_copy = all(node.place(index, at) == NOWHERE for at in LEVELS if at != level)
-            if only_copy:
-                self._drop_below(node, index, gone)
-            gone.append(self._remove_copy(node, index, level, loss))
-            freed += record_bytes
-        return freed
+        excess = self.shared_bytes[level] - self.sharing.max_shared_bytes
+        if self.sharing.protect and excess > 0 and self._is_protected(node):
+            wanted_bytes = min(wanted_bytes, excess)
+        most = min(room, -(-wanted_bytes // record_bytes))
+        first = self._first_of_tail(node, last, level, most)
+        self._remove(node, first, last + 1, level, loss, gone)
+        return (last + 1 - first) * record_bytes
 
-    def _drop_below(self, node: Node, index: int, gone: list[Gone]) -> None:
-        """Remove every copy that lies deeper than block `index`: without it nothing there can be reached."""
-        below = [node]
-        for at in below:
-            below.extend(at.children.values())
-        for at in reversed(below):
-            first = index + 1 if at is node else 0
-            for block in reversed(range(first, at.blocks)):
-                gone += self._remove_block(at, block, Loss.ORPHANED)
+    @staticmethod
+    def _first_of_tail(node: Node, last: int, level: int, most: int) -> int:
+        """Where the run of blocks begins that may leave `level` together with `last`: `last` is the tail there."""
+        first = max(last + 1 - most, node.same_age_from(last), node.leased_to() - node.start)
+        for faster in range(level):
+            first = max(first, len(node.places[faster] or ()) - 1)
+        places = node.places[level]
+        assert places is not None
+        others = [other for other in node.places if other is not None and other is not places and len(other) > first]
+        if not others and NOWHERE not in places[first : last + 1]:
+            return first
+        kept_elsewhere = _has_other_copy(node, last, level)
+        index = last
+        while (
+            index > first and places[index - 1] != NOWHERE and _has_other_copy(node, index - 1, level) == kept_elsewhere
+        ):
+            index -= 1
+        return index
 
-    def _propagate(self, node: Node, held: list[bool]) -> None:
-        """Carry upwards, per level, that `node` has begun or ceased to hold copies there or faster."""
-        for level in LEVELS:
-            if (now := node.holds(level)) != held[level]:
-                self._propagate_level(node, level, 1 if now else -1)
+    def _remove_deepest(self, node: Node, index: int, most: int, gone: list[Gone]) -> None:
+        """Remove up to `most` blocks that lie deepest below block `index`: without it nothing there can be reached."""
+        leaf = node
+        while leaf.children:
+            leaf = _last_child(leaf)
+        first = leaf.held_to() - most
+        self._remove_blocks(leaf, max(first, index + 1 if leaf is node else 0), Loss.ORPHANED, gone)
 
-    def _propagate_level(self, node: Node, level: int, change: int) -> None:
+    def _bury(self, grave: _Grave, gone: list[Gone]) -> None:
+        """Top-down, since nobody can match any of it; nodes leave the tree with the last of their descendants."""
+        while grave.unvisited and len(gone) < BATCH_BLOCKS:
+            node = grave.unvisited[-1]
+            if not self._bury_blocks(node, gone):
+                grave.unvisited.pop()
+                grave.unvisited.extend(node.children.values())
+                if node.leased_to() > node.start:
+                    grave.leased.append(node)
+
+    def _bury_leased(self, grave: _Grave, gone: list[Gone]) -> None:
+        still: list[Node] = []
+        while grave.leased and len(gone) < BATCH_BLOCKS:
+            if not self._bury_blocks(grave.leased[-1], gone):
+                node = grave.leased.pop()
+                if node.leased_to() > node.start:
+                    still.append(node)
+        grave.leased += still
+
+    def _bury_blocks(self, node: Node, gone: list[Gone]) -> bool:
+        """Remove unleased blocks from the end of an edge; False when there are none."""
+        leased, held = node.leased_to() - node.start, node.held_to()
+        if held <= leased:
+            return False
+        self._remove_blocks(node, max(leased, held - BATCH_BLOCKS + len(gone)), Loss.EVICTED, gone)
+        return True
+
+    def _prune(self, node: Node) -> None:
+        """Cut blocks without copies off the end of a leaf, and remove edges, and trees, in which nothing is left."""
+        while node.parent is not None and node.children is NO_CHILDREN and node.blocks:
+            kept = max(node.held_to(), node.leased_to() - node.start)
+            if kept:
+                if node.blocks - kept >= max(8, node.blocks // 4):
+                    self._forget_blocks(node, kept)
+                    node.tree.cut(node, kept)
+                return
+            self._forget_blocks(node, 0)
+            for candidates in self.candidates:
+                candidates.withdraw(node)
+            node.tree.remove_child(node)
+            node = node.parent
+        root = node.tree.root
+        if node is root and root.children is NO_CHILDREN and not root.ends:
+            self._give_up(node.tree)
+
+    def _forget_blocks(self, node: Node, kept: int) -> None:
+        self.blocks -= node.blocks - kept
+        self.bytes -= edge_bytes(node, node.blocks) - edge_bytes(node, kept)
+
+    # -- inside, with the lock held: trees, counts, candidates ---------------------------------------------------------
+
+    def _entered(self, tree: PrefixTree) -> PrefixTree:
+        if tree.erased:
+            return tree
+        known = self.trees.get(tree.id)
+        if known is not None:
+            return known
+        self.trees[tree.id] = tree
+        tree.gone = False
+        self.bytes += TREE_BYTES
+        return tree
+
+    def _give_up(self, tree: PrefixTree) -> None:
+        tree.gone = True
+        if self.trees.get(tree.id) is tree:
+            del self.trees[tree.id]
+            self.bytes -= TREE_BYTES
+
+    def _carry(self, node: Node, level: int, change: int) -> None:
+        """Carry upwards that `node` has begun or ceased to hold copies at `level` or faster."""
         parent = node.parent
         while parent is not None:
             held = parent.holds(level)
             assert isinstance(parent.below, list)
             parent.below[level] += change
             if not parent.below[level]:
-                self._offer(parent, level)
+                self.candidates[level].offer(parent)
             if parent.holds(level) == held:
                 return
             parent = parent.parent
 
-    def _offer(self, node: Node, level: int) -> None:
-        """Let the policy have the node if its last block at `level` is a leaf there."""
-        bit = 1 << level
-        if level != SSD and not node.offered & bit and node.places[level] and not node.below[level] and node.parent:
-            node.offered |= bit
-            self._policies[level].offer(node)
+    def _count(self, node: Node, level: int, change: int) -> None:
+        nbytes = change * node.tree.record_bytes
+        self.bytes += change * PLACE_BYTES
+        self.copies[level] += change
+        self.copy_bytes[level] += nbytes
+        if node.shared:
+            self.shared_bytes[level] += nbytes
 
-    def _take_candidate(self, level: int) -> Node | None:
-        bit = 1 << level
-        self._offer_parked(level)
-        protected = self._protects(level)
-        if not protected and (unprotected := self._protected[level].take()):
-            self._policies[level].offer(unprotected)
-        while True:
-            taken = self._policies[level].take()
-            from_protected = taken is None
-            if taken is None and (taken := self._protected[level].take()) is None:
-                return None
-            node = taken
-            assert isinstance(node, Node)
-            last = len(node.places[level] or ()) - 1
-            if node.parent is not None and last >= 0 and not node.below[level] and node.start + last < node.leased_to():
-                self._parked[level].append(node)
-            elif node.parent is None or node.tail(level) == NOWHERE:
-                node.offered &= ~bit
-            elif protected and not from_protected and self._is_protected(node):
-                self._protected[level].offer(node)
-            else:
-                node.offered &= ~bit
-                return node
+    def _enter_segments(self, node: Node, places: Sequence[int]) -> None:
+        for segment in {self.segment_of(place) for place in places if place != NOWHERE}:
+            self.on_ssd.setdefault(segment, set()).add(node)
 
-    def _offer_parked(self, level: int) -> None:
-        if self._parked[level] and self._closes != self._closes_when_parked[level]:
-            parked, self._parked[level] = self._parked[level], []
-            for node in parked:
-                self._policies[level].offer(node)
-        self._closes_when_parked[level] = self._closes
+    def _leave_segments(self, node: Node, places: Sequence[int]) -> None:
+        """Some blocks of the node lay at `places`: take it out of the segments in which none of them lies any more."""
+        left = node.places[SSD] or ()
+        for segment in {self.segment_of(place) for place in places if place != NOWHERE}:
+            if any(place != NOWHERE and self.segment_of(place) == segment for place in reversed(left)):
+                continue
+            nodes = self.on_ssd.get(segment)
+            if nodes is not None:
+                nodes.discard(node)
+                if not nodes:
+                    del self.on_ssd[segment]
 
     def _protects(self, level: int) -> bool:
         return self.sharing.protect and self.shared_bytes[level] <= self.sharing.max_shared_bytes
 
     def _is_protected(self, node: Node) -> bool:
-        block_tokens = node.tree.token_bytes // 4
-        return node.shared and node.end * block_tokens >= self.sharing.min_prefix_tokens
+        return node.shared and node.end * node.tree.token_bytes >= 4 * self.sharing.min_prefix_tokens
 
-    def _mark_shared(self, node: Node) -> None:
-        while node.parent is not None and not node.shared:
-            node.shared = True
-            for level in LEVELS:
-                held = sum(place != NOWHERE for place in node.places[level] or ())
-                self.shared_bytes[level] += held * node.tree.record_bytes
-            node = node.parent
+    def _note_loss(self, node: Node, lost: Sequence[int], level: int, loss: Loss) -> None:
+        if not node.tree.erased:
+            keys = node.keys
+            lost_keys = [BlockKey(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in lost]
+            self.history.note_all(lost_keys, Fate(loss, LEVEL_NAMES[level], self._clock()))
 
-    def _count(self, node: Node, level: int, change: int) -> None:
-        self.copies[level] += change
-        self.copy_bytes[level] += change * node.tree.record_bytes
-        if node.shared:
-            self.shared_bytes[level] += change * node.tree.record_bytes
 
-    def _note_loss(self, node: Node, index: int, level: int, loss: Loss) -> None:
-        if not node.tree.gone:
-            keys = node.tree.keys_of(node)
-            key = BlockKey(keys[index * KEY_BYTES : (index + 1) * KEY_BYTES])
-            self.history.note(key, Fate(loss, LEVEL_NAMES[level], self._clock()))
+def edge_bytes(node: Node, blocks: int) -> int:
+    """Bytes of memory that an edge of so many blocks takes, without places."""
+    if not blocks:
+        return 0
+    token_bytes = node.tree.token_bytes
+    key_in_parent = token_bytes + KEY_IN_PARENT_BYTES if blocks > 1 else 0
+    return NODE_BYTES + key_in_parent + blocks * (token_bytes + BLOCK_OVERHEAD_BYTES)
 
-    def _prune(self, node: Node) -> None:
-        """Cut blocks without copies off the end of a leaf, and remove edges, and trees, in which nothing is left."""
-        while node.parent is not None and node.children is NO_CHILDREN:
-            used = max(len(places) if places else 0 for places in node.places)
-            kept = max(used, node.leased_to() - node.start)
-            if kept and node.blocks - kept < max(8, node.blocks // 4):
-                return
-            if kept:
-                self._cut(node, kept)
-                return
-            parent = node.parent
-            self._cut(node, 0)
-            node = parent
-        tree = node.tree
-        if node.parent is None and node.children is NO_CHILDREN and not node.ends and not tree.gone:
-            tree.gone = True
-            self.trees.pop(tree.id, None)
 
-    def _cut(self, node: Node, kept: int) -> None:
-        """Forget the blocks of a leaf from `kept` on; with none kept, the leaf."""
-        if node.parent is None:
-            return
-        blocks, size = node.blocks, node.tree.token_bytes
-        self.blocks -= blocks - kept
-        self.bytes -= self._cost(node, blocks) - self._cost(node, kept)
-        if not kept:
-            node.tree.remove_child(node)
-            return
-        node.tokens = node.tokens[: kept * size]
-        node.end = node.start + kept
-        node.keys = node.keys[: kept * KEY_BYTES] if node.keys else None
-        node.solid = min(node.solid, kept)
-        node.whole = node.solid == kept
-        node.head_end = min(node.head_end, node.end)
-        node.save_to = min(node.save_to, node.end)
+def _fill_gaps(known: array[int], index: int, places: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Put places from `index` on into the gaps of `known`; return those put and those for which there was no gap."""
+    taken, refused = [], []
+    for at, place in enumerate(places, index):
+        if at >= len(known):
+            known.append(place)
+            taken.append(place)
+        elif known[at] == NOWHERE:
+            known[at] = place
+            taken.append(place)
+        else:
+            refused.append(place)
+    return taken, refused
 
-    @staticmethod
-    def _cost(node: Node, blocks: int) -> int:
-        """Bytes of memory that an edge of so many blocks takes."""
-        if not blocks:
-            return 0
-        token_bytes = node.tree.token_bytes
-        key_bytes = token_bytes if blocks > 1 else 0
-        return NODE_BYTES + key_bytes + blocks * (token_bytes + BLOCK_OVERHEAD_BYTES)
 
-    @staticmethod
-    def _ancestors(node: Node) -> list[Node]:
-        above = []
-        while (parent := node.parent) is not None:
-            above.append(parent)
-            node = parent
-        return above
+def _run_of_places(places: Sequence[int], first: int, until: int) -> list[int]:
+    """The places from `first` on, up to the first that is nowhere."""
+    run = list(places[first:until])
+    return run[: run.index(NOWHERE)] if NOWHERE in run else run
+
+
+def _has_other_copy(node: Node, index: int, level: int) -> bool:
+    return any(node.place(index, at) != NOWHERE for at in LEVELS if at != level)
+
+
+def _last_child(node: Node) -> Node:
+    """The child entered last; `popitem` finds it at once, where an iterator would step over those deleted before."""
+    key, child = node.children.popitem()
+    node.children[key] = child
+    return child

@@ -1,12 +1,14 @@
 """A node of the prefix tree: the edge of whole blocks that leads to it, and where each of those blocks has copies.
 
-Only `kvpool.prefix` writes these fields, under the index's lock. Layout of a node with three blocks of which the last is
-in RAM alone and the first two on SSD too:
+Only `kvpool.prefix` writes these fields, under the index's lock. Layout of a node with three blocks of which the last
+is in RAM alone and the first two on SSD too:
 
     tokens  |block 0|block 1|block 2|        int32 token ids of the edge
-    places  gpu: None   ram: [7, 8, 9]   ssd: [64, 65]      an array ends with the last block that the tier holds; -1 is none
+    keys    |key 0  |key 1  |key 2  |        16 bytes each
+    places  gpu: None   ram: [7, 8, 9]   ssd: [64, 65]      an array ends with the last block that the tier holds
 
-A *hole* is a block with no copy anywhere before another that has one.
+A *hole* is a block with no copy anywhere before another that has one; its place is -1. A leaf may end in blocks without
+copies: they are cut off when they are many, and taken up again when they are stored again before that.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ ChildKey = bytes | tuple[bytes, bytes]
 
 
 class Node:
-    """An edge of one or more blocks, `start` to `end` in blocks from the prompt's beginning."""
+    """An edge of one or more blocks, `start` to `end` in blocks from the prompt's beginning.
+
+    A node that has left the tree has no blocks (`end == start`); its `parent` and `start` stay, so that a pin that was
+    made in it before a split finds its way up.
+    """
 
     __slots__ = (
         "below",
@@ -42,12 +48,12 @@ class Node:
         "end",
         "ends",
         "extra",
-        "head_end",
-        "head_use",
+        "heads",
         "keys",
         "last_use",
         "offered",
         "parent",
+        "parked",
         "places",
         "queued",
         "refs",
@@ -61,11 +67,13 @@ class Node:
     )
 
     def __init__(
-        self, tree: PrefixTree, parent: Node | None, tokens: bytes, extra: bytes, start: int, end: int
+        self, tree: PrefixTree, parent: Node | None, tokens: bytes, keys: bytes, extra: bytes, start: int, end: int
     ) -> None:
         self.tree = tree
         self.parent = parent
         self.tokens = tokens
+        self.keys = keys
+        """Block keys, 16 bytes each."""
         self.extra = extra
         """Extra key of the first block; the others have none."""
         self.start = start
@@ -83,13 +91,13 @@ class Node:
         self.ends: dict[int, int] | None = None
         """Leases that end in this edge: depth -> how many."""
         self.last_use = 0
-        self.head_use = 0
-        self.head_end = 0
-        """The blocks before depth `head_end` were used at `head_use`, later than the rest."""
-        self.keys: bytes | None = None
-        """Block keys, 16 bytes each, once something has needed them."""
+        """The index's clock when the whole edge was used last; 0 for never."""
+        self.heads: list[tuple[int, int]] | None = None
+        """Later uses of a part of the edge: (depth, clock), longest and oldest first. Void if before `last_use`."""
         self.offered = 0
-        """Bit per level: whether the eviction policy holds this node as a candidate."""
+        """Bit per level: on offer as a candidate for eviction."""
+        self.parked = 0
+        """Bit per level: would be on offer, were it not leased."""
         self.shared = False
         self.queued = False
         """In the write queue."""
@@ -112,15 +120,23 @@ class Node:
         """Whether block `index` of this edge lies at any level."""
         return any(places is not None and index < len(places) and places[index] != NOWHERE for places in self.places)
 
+    def held_to(self) -> int:
+        """Index after the last block of this edge that has a copy."""
+        return max(len(places) if places is not None else 0 for places in self.places)
+
     def holds(self, level: int) -> bool:
         """Whether this edge, or anything below it, has a copy at `level` or a faster one."""
-        return self.below[level] > 0 or any(self.places[faster] for faster in range(level + 1))
+        return self.below[level] > 0 or any(self.places[: level + 1])
 
     def leased_to(self) -> int:
         """Depth up to which the blocks of this edge are leased; `start` when none is."""
         if self.refs:
             return self.end
         return max(self.ends) if self.ends else self.start
+
+    def is_leaf_at(self, level: int) -> bool:
+        """Whether this edge has copies at `level` and nothing below it has any there or at a faster one."""
+        return bool(self.places[level]) and not self.below[level]
 
     def tail(self, level: int) -> int:
         """Index of the block that can leave `level` next, or -1: the last one there, if nothing deeper is as fast."""
@@ -131,3 +147,36 @@ class Node:
         if any((faster := self.places[at]) and len(faster) - 1 > last for at in range(level)):
             return NOWHERE
         return last if self.start + last >= self.leased_to() else NOWHERE
+
+    # -- ages ----------------------------------------------------------------------------------------------------------
+
+    def use_head(self, depth: int, now: int) -> None:
+        """Note that the blocks before `depth`, fewer than all, were used."""
+        heads = self.heads
+        if heads is None or heads[0][1] <= self.last_use:
+            self.heads = [(depth, now)]
+            return
+        while heads and heads[-1][0] <= depth:
+            heads.pop()
+        heads.append((depth, now))
+
+    def used_at(self, index: int) -> int:
+        """When block `index` of this edge was used last."""
+        if self.heads is not None:
+            depth = self.start + index
+            for end, use in reversed(self.heads):
+                if end > depth:
+                    return max(use, self.last_use)
+        return self.last_use
+
+    def same_age_from(self, index: int) -> int:
+        """The first index from which on to `index` all blocks were used at one time."""
+        if self.heads is not None and self.heads[0][1] > self.last_use:
+            for end, _ in self.heads:
+                if end <= self.start + index:
+                    return end - self.start
+        return 0
+
+    def live_heads(self) -> list[tuple[int, int]]:
+        """`heads` without void ones."""
+        return self.heads if self.heads is not None and self.heads[0][1] > self.last_use else []

@@ -1,8 +1,8 @@
 """One path-compressed radix tree of token prefixes, of one (fingerprint, tenant, epoch).
 
 Edges and splits are whole blocks, children are keyed by the bytes of their first block, and tokens themselves are
-compared, so a match needs no hash of ours and cannot collide. A block with an extra key always starts an edge, so that it
-is always compared. The tree knows structure only; who may read, evict or write is the index's business, and so is locking.
+compared, so a match needs no hash of ours and cannot collide. A block with an extra key always starts an edge, so that
+it is always compared. The tree knows structure only; who may read or evict, and locking, are the index's business.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class PrefixTree:
         self.payload_bytes = payload_bytes
         self.record_bytes = record_bytes
         self.chain = chain
-        self.root = Node(self, None, b"", b"", 0, 0)
+        self.root = Node(self, None, b"", b"", b"", 0, 0)
         self.root.whole = True
         self.gone = False
-        """Erased, or empty and given up: nothing may be entered any more, and nothing is found."""
+        """In no index now: erased, or empty and given up until it is matched or entered again."""
+        self.erased = False
+        """Nothing may be entered any more, and nothing is found."""
 
     def find(self, tokens: bytes) -> tuple[Node, int]:
         """Return the deepest node that `tokens` reaches through blocks with copies, and the depth reached."""
@@ -50,7 +52,7 @@ class PrefixTree:
         while True:
             child = node.children.get(tokens[at : at + size])
             if child is None:
-                return node, at // size
+                return node, node.end
             edge = child.tokens
             if not (child.whole and tokens.startswith(edge, at)):
                 common = common_blocks(edge, 0, tokens, at, min(child.solid, len(tokens) // size - child.start), size)
@@ -62,38 +64,61 @@ class PrefixTree:
         """`find` for a prompt some of whose blocks have extra keys (block index -> digest)."""
         size = self.token_bytes
         total = len(tokens) // size
+        runs = Runs(extras, total)
         node, depth = self.root, 0
         while depth < total:
             child = node.children.get(child_key(tokens, depth, size, extras))
             if child is None:
                 break
-            limit = min(child.solid, run_end(depth, total, extras) - depth)
+            limit = min(child.solid, runs.end_after(depth) - depth)
             common = common_blocks(child.tokens, 0, tokens, depth * size, limit, size)
             if common < child.blocks:
                 return (child, depth + common) if common else (node, depth)
             node, depth = child, child.end
         return node, depth
 
-    def add_child(self, parent: Node, tokens: bytes, extra: bytes) -> Node:
+    def add_child(self, parent: Node, tokens: bytes, keys: bytes, extra: bytes) -> Node:
         """Hang a new edge with these blocks below `parent`. It has no copies yet."""
-        child = Node(self, parent, tokens, extra, parent.end, parent.end + len(tokens) // self.token_bytes)
+        child = Node(self, parent, tokens, keys, extra, parent.end, parent.end + len(keys) // KEY_BYTES)
         if parent.children is NO_CHILDREN:
             parent.children = {}
             parent.below = [0, 0, 0]
         parent.children[self.key_in_parent(child)] = child
         return child
 
+    def append(self, leaf: Node, tokens: bytes, keys: bytes) -> None:
+        """Lengthen the edge of a leaf by these blocks, which have no copies yet and were never used."""
+        if leaf.last_use:
+            leaf.heads = [(leaf.end, leaf.last_use), *leaf.live_heads()]
+            leaf.last_use = 0
+        leaf.tokens += tokens
+        leaf.keys += keys
+        leaf.end += len(keys) // KEY_BYTES
+        leaf.whole = False
+
+    def cut(self, leaf: Node, kept: int) -> None:
+        """Forget the blocks of a leaf's edge from `kept` on, which have no copies. At least one is kept."""
+        age = leaf.used_at(kept - 1)
+        leaf.tokens = leaf.tokens[: kept * self.token_bytes]
+        leaf.keys = leaf.keys[: kept * KEY_BYTES]
+        leaf.end = leaf.start + kept
+        leaf.heads = [head for head in leaf.live_heads() if head[0] < leaf.end] or None
+        leaf.last_use = age
+        leaf.solid = min(leaf.solid, kept)
+        leaf.whole = leaf.solid == kept
+        leaf.save_to = min(leaf.save_to, leaf.end)
+
     def remove_child(self, child: Node) -> None:
-        """Take a leaf out of the tree and let go of what it held. Its parent's counts must not include it any more."""
+        """Take a leaf without copies out of the tree, and let go of what it held."""
         parent = child.parent
         assert parent is not None
         del parent.children[self.key_in_parent(child)]
         if not parent.children:
             parent.children = NO_CHILDREN
             parent.below = NO_COUNTS
-        child.parent = None
-        child.tokens = b""
+        child.tokens = child.keys = b""
         child.end = child.start
+        child.heads = None
 
     def split(self, lower: Node, at: int) -> Node:
         """Cut the edge after its first `at` blocks; return the new upper node. `lower` stays the same object.
@@ -102,20 +127,23 @@ class PrefixTree:
         """
         parent = lower.parent
         assert parent is not None
+        assert 0 < at < lower.blocks
         size = self.token_bytes
-        upper = Node(self, parent, lower.tokens[: at * size], lower.extra, lower.start, lower.start + at)
+        upper = Node(
+            self, parent, lower.tokens[: at * size], lower.keys[: at * KEY_BYTES], lower.extra, lower.start,
+            lower.start + at,
+        )  # fmt: skip
         parent.children[self.key_in_parent(upper)] = upper
+        self._split_uses(upper, lower)
         lower.parent = upper
         lower.tokens = lower.tokens[at * size :]
+        lower.keys = lower.keys[at * KEY_BYTES :]
         lower.extra = b""
         lower.start = upper.end
         upper.children = {self.key_in_parent(lower): lower}
         self._split_copies(upper, lower, at)
         self._split_leases(upper, lower)
-        self._split_uses(upper, lower)
         upper.below = [int(lower.holds(level)) for level in LEVELS]
-        if lower.keys is not None:
-            upper.keys, lower.keys = lower.keys[: at * KEY_BYTES], lower.keys[at * KEY_BYTES :]
         upper.shared, upper.busy = lower.shared, lower.busy
         upper.save_to = min(lower.save_to, upper.end)
         return upper
@@ -127,19 +155,7 @@ class PrefixTree:
         return (first, node.extra) if node.extra else first
 
     def keys_of(self, node: Node) -> bytes:
-        """The block keys of the edge, 16 bytes each; computed once, about 0.7 us a block."""
-        blocks = node.blocks
-        known = node.keys or b""
-        if len(known) >= blocks * KEY_BYTES:
-            return known
-        done = len(known) // KEY_BYTES
-        parent = BlockKey(known[-KEY_BYTES:]) if known else self.parent_key(node)
-        size, extra, keys = self.token_bytes, node.extra if not done else b"", [known]
-        for index in range(done, blocks):
-            parent = self.chain.extend(parent, node.tokens[index * size : (index + 1) * size], extra)
-            keys.append(parent)
-            extra = b""
-        node.keys = b"".join(keys)
+        """The block keys of the edge, 16 bytes each."""
         return node.keys
 
     def parent_key(self, node: Node) -> BlockKey:
@@ -147,7 +163,23 @@ class PrefixTree:
         parent = node.parent
         if parent is None or parent.parent is None:
             return self.chain.root
-        return BlockKey(self.keys_of(parent)[(parent.blocks - 1) * KEY_BYTES : parent.blocks * KEY_BYTES])
+        return BlockKey(parent.keys[-KEY_BYTES:])
+
+    def key_before(self, node: Node, depth: int) -> BlockKey:
+        """The key of the block before `depth`, which lies in or at the end of `node`'s edge."""
+        if depth == node.start:
+            return self.parent_key(node)
+        at = (depth - node.start) * KEY_BYTES
+        return BlockKey(node.keys[at - KEY_BYTES : at])
+
+    def keys_after(self, parent: BlockKey, first: int, run: bytes, extras: Extras | None) -> bytes:
+        """The keys of the blocks of `run`, which follow `parent` from depth `first` on; about 1 us each."""
+        extend, size, keys = self.chain.extend, self.token_bytes, []
+        for at in range(0, len(run), size):
+            extra = extras.get(first + at // size, b"") if extras else b""
+            parent = extend(parent, run[at : at + size], extra)
+            keys.append(parent)
+        return b"".join(keys)
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""
@@ -179,44 +211,54 @@ class PrefixTree:
 
     @staticmethod
     def _split_uses(upper: Node, lower: Node) -> None:
-        upper.last_use = lower.last_use
-        if lower.head_end >= upper.end:
-            upper.last_use = max(lower.last_use, lower.head_use)
-            if lower.head_end == upper.end:
-                lower.head_use = lower.head_end = 0
-        else:
-            upper.head_use, upper.head_end = lower.head_use, lower.head_end
-            lower.head_use = lower.head_end = 0
+        """Before `lower` has been shortened."""
+        heads = lower.live_heads()
+        upper.last_use = lower.used_at(upper.blocks - 1)
+        upper.heads = [head for head in heads if head[0] < upper.end] or None
+        lower.heads = [head for head in heads if head[0] > upper.end] or None
 
 
-def child_key(tokens: bytes, depth: int, size: int, extras: Extras) -> ChildKey:
+class Runs:
+    """Where the edges of one prompt have to end: before every block with an extra key."""
+
+    def __init__(self, extras: Extras | None, total: int) -> None:
+        self._stops = sorted(extras, reverse=True) if extras else []
+        self._total = total
+
+    def end_after(self, depth: int) -> int:
+        """The first depth after `depth` at which an edge has to end. `depth` does not decrease from call to call."""
+        stops = self._stops
+        while stops and stops[-1] <= depth:
+            stops.pop()
+        return min(stops[-1], self._total) if stops else self._total
+
+
+def child_key(tokens: bytes, depth: int, size: int, extras: Extras | None) -> ChildKey:
     """Under which key the block at `depth` of a prompt would hang in its parent."""
     block = tokens[depth * size : (depth + 1) * size]
-    extra = extras.get(depth)
+    extra = extras.get(depth) if extras else None
     return (block, extra) if extra else block
 
 
-def run_end(depth: int, total: int, extras: Extras | None) -> int:
-    """The first depth after `depth` at which an edge has to end: the next block with an extra key, or `total`."""
-    return min((at for at in extras if at > depth), default=total) if extras else total
-
-
 def common_blocks(edge: bytes, edge_at: int, tokens: bytes, at: int, limit: int, size: int) -> int:
-    """How many whole blocks, at most `limit`, `edge` from `edge_at` and `tokens` from `at` have in common. Bytes offsets."""
-    if limit <= 0:
-        return 0
-    if edge[edge_at : edge_at + limit * size] == tokens[at : at + limit * size]:
-        return limit
-    equal, differ = 0, limit
-    while differ - equal > 1:
-        middle = (equal + differ) // 2
-        low, high = equal * size, middle * size
-        if edge[edge_at + low : edge_at + high] == tokens[at + low : at + high]:
-            equal = middle
+    """How many whole blocks, at most `limit`, `edge` from `edge_at` and `tokens` from `at` (in bytes) have in common.
+
+    Compares runs of doubling length, then halves the one that differs: a slice is copied, so a long edge is not
+    compared whole when its first blocks differ already.
+    """
+    equal, run = 0, 1
+    while equal < limit:
+        run = min(run, limit - equal)
+        low = equal * size
+        if tokens.startswith(edge[edge_at + low : edge_at + low + run * size], at + low):
+            equal += run
+            run *= 2
+        elif run == 1:
+            return equal
         else:
-            differ = middle
-    same = edge[edge_at + equal * size : edge_at + differ * size] == tokens[at + equal * size : at + differ * size]
-    return differ if same else equal
+            limit = equal + run - 1
+            run //= 2
+    return equal
 
 
 def stripped(places: array[int]) -> array[int] | None:
