@@ -23,7 +23,7 @@ from kvpool.blocks.identity import KEY_BYTES, BlockKey
 from kvpool.prefix.candidates import Candidates, EvictionPolicy
 from kvpool.prefix.history import Fate, History, Loss
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NOWHERE, SSD, Node
-from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, child_key, common_blocks, count_solid, stripped
+from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, common_blocks, count_solid, stripped
 
 LEVEL_NAMES: Final = ("gpu", "ram", "ssd")
 BATCH_BLOCKS: Final = 32
@@ -32,8 +32,10 @@ MAX_EDGE_BYTES: Final = 256 << 10
 """An edge is not lengthened beyond so many bytes of token ids, for lengthening and splitting copy them."""
 TREE_BYTES: Final = 2048
 """What a tree takes before it has a block."""
-NODE_BYTES: Final = 1040
-"""What a node takes beside its blocks: object, lists, arrays' heads, entries in its parent and in the policies."""
+NODE_BYTES: Final = 360
+"""What a node takes beside its blocks and copies: object, lists, entry in its parent (measured, as all of these)."""
+LEVEL_BYTES: Final = 340
+"""What a node takes for having copies in a tier, beside their places: array, entries in the policy and in `on_ssd`."""
 KEY_IN_PARENT_BYTES: Final = 33
 """What the copy of the first block's token ids takes, beside them, that is the node's key in its parent."""
 BLOCK_OVERHEAD_BYTES: Final = KEY_BYTES
@@ -105,6 +107,8 @@ class PrefixIndex:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lock = threading.Lock()
+        self._acquire, self._release = self.lock.acquire, self.lock.release
+        """For the two hottest calls: a `with` statement takes twice as long."""
         self.trees: dict[TreeId, PrefixTree] = {}
         self.limit_bytes = limit_bytes
         self.bytes = 0
@@ -176,7 +180,8 @@ class PrefixIndex:
 
         A tree that was given up because it was empty is entered again; or another that has taken its place is used.
         """
-        with self.lock:
+        self._acquire()
+        try:
             if tree.gone:
                 tree = self._entered(tree)
             if tree.erased:
@@ -188,12 +193,20 @@ class PrefixIndex:
                 while node.start >= depth and node.parent is not None:
                     node = node.parent
             self._hold(node, depth)
-            return Pin(tree, node, depth)
+        finally:
+            self._release()
+        return Pin(tree, node, depth)
 
     def unpin(self, pin: Pin) -> None:
         """End a pin. Not to be called twice."""
-        with self.lock:
-            self._let_go(self._settled(pin), pin.depth)
+        node, depth = pin.node, pin.depth
+        self._acquire()
+        try:
+            while node.start >= depth and node.parent is not None:
+                node = node.parent
+            self._let_go(node, depth)
+        finally:
+            self._release()
 
     def shorten(self, pin: Pin, depth: int) -> None:
         """Let go of the blocks from `depth` on. No use: ages stay as they are."""
@@ -413,19 +426,20 @@ class PrefixIndex:
     def _let_go(self, node: Node, depth: int) -> None:
         ends = node.ends
         assert ends is not None
-        if ends[depth] > 1:
-            ends[depth] -= 1
+        leases = ends[depth]
+        if leases > 1:
+            ends[depth] = leases - 1
         elif len(ends) > 1:
             del ends[depth]
         else:
             node.ends = None
         if node.parked:
-            self._release(node)
+            self._offer_parked(node)
         above = node.parent
         while above is not None:
             above.refs = refs = above.refs - 1
             if not refs and above.parked:
-                self._release(above)
+                self._offer_parked(above)
             above = above.parent
         if not node.whole or node.parent is None:
             self._prune(node)
@@ -451,7 +465,7 @@ class PrefixIndex:
                 pin.key = pin.tree.key_before(self._settled(pin), pin.depth)
         return pin.key
 
-    def _release(self, node: Node) -> None:
+    def _offer_parked(self, node: Node) -> None:
         for candidates in self.candidates:
             candidates.release(node)
 
@@ -471,18 +485,20 @@ class PrefixIndex:
         size = node.tree.token_bytes
         refused: list[int] = []
         first, until = depth, depth + len(places)
-        runs = Runs(extras, until)
+        runs = Runs(extras, until) if extras else None
         while depth < until:
-            at, stop = depth - first, runs.end_after(depth)
+            at, stop = depth - first, until if runs is None else runs.end_after(depth)
             extra = extras.get(depth, b"") if extras else b""
             if depth == node.end:
-                known = node.children.get(child_key(run, at, size, {at: extra}))
-                node = known or self._grow(
-                    node,
-                    run[at * size : (stop - first) * size],
-                    keys[at * KEY_BYTES : (stop - first) * KEY_BYTES],
-                    extra,
-                )
+                block = run[at * size : (at + 1) * size]
+                child = node.children.get((block, extra) if extra else block)
+                if child is None:
+                    end = stop - first
+                    node = self._grow(node, run[at * size : end * size], keys[at * KEY_BYTES : end * KEY_BYTES], extra)
+                    self._set_copies(node, depth - node.start, level, places[at:end])
+                    depth = stop
+                    continue
+                node = child
             inside = depth - node.start
             common = 0
             if not (inside and extra):
@@ -506,15 +522,15 @@ class PrefixIndex:
             return node
         child = tree.add_child(node, run, keys, extra)
         self.bytes += edge_bytes(child, blocks)
-        if len(node.children) > 1 and self.sharing.auto_detect:
+        if self.sharing.auto_detect and not node.shared and len(node.children) > 1:
             self._mark_shared(node)
         return child
 
     def _split(self, node: Node, at: int) -> Node:
         """Cut an edge in two and return the upper node; the lower one goes if it has neither copies nor leases."""
-        blocks = node.blocks
+        before = node_bytes(node)
         upper = node.tree.split(node, at)
-        self.bytes += edge_bytes(upper, at) + edge_bytes(node, blocks - at) - edge_bytes(node, blocks)
+        self.bytes += node_bytes(upper) + node_bytes(node) - before
         moved = upper.places[SSD]
         if moved is not None:
             self._enter_segments(upper, moved)
@@ -530,9 +546,10 @@ class PrefixIndex:
     def _set_copies(self, node: Node, index: int, level: int, places: Sequence[int]) -> list[int]:
         """Enter copies at `level` of the blocks from `index` on; return the places of those that have one there."""
         known = node.places[level]
-        held = None
+        begun: Sequence[int] = ()
         if known is None:
-            held = [node.holds(at) for at in LEVELS]
+            begun = [at for at in LEVELS[level:] if not node.holds(at)]
+            self.bytes += LEVEL_BYTES
             known = node.places[level] = array("q")
         refused: list[int] = []
         end = index + len(places)
@@ -549,10 +566,8 @@ class PrefixIndex:
         if not node.whole and index <= node.solid < end:
             node.solid = count_solid(node, end)
             node.whole = node.solid == node.blocks
-        if held is not None:
-            for at in LEVELS[level:]:
-                if not held[at]:
-                    self._carry(node, at, 1)
+        for at in begun:
+            self._carry_begun(node, at)
         if node.heads is None:
             self.candidates[level].offer(node)
         else:
@@ -596,9 +611,10 @@ class PrefixIndex:
         if level == SSD:
             self._leave_segments(node, taken)
         if node.places[level] is None:
+            self.bytes -= LEVEL_BYTES
             for at in LEVELS[level:]:
                 if not node.holds(at):
-                    self._carry(node, at, -1)
+                    self._carry_ceased(node, at)
         for slower in LEVELS[level + 1 :]:
             self.candidates[slower].offer(node)
         if lost:
@@ -730,16 +746,28 @@ class PrefixIndex:
             del self.trees[tree.id]
             self.bytes -= TREE_BYTES
 
-    def _carry(self, node: Node, level: int, change: int) -> None:
-        """Carry upwards that `node` has begun or ceased to hold copies at `level` or faster."""
+    @staticmethod
+    def _carry_begun(node: Node, level: int) -> None:
+        """Carry upwards that `node` has begun to hold copies at `level` or faster."""
         parent = node.parent
         while parent is not None:
             held = parent.holds(level)
             assert isinstance(parent.below, list)
-            parent.below[level] += change
-            if not parent.below[level]:
-                self.candidates[level].offer(parent)
-            if parent.holds(level) == held:
+            parent.below[level] += 1
+            if held:
+                return
+            parent = parent.parent
+
+    def _carry_ceased(self, node: Node, level: int) -> None:
+        """Carry upwards that `node` has ceased to hold copies at `level` or faster."""
+        parent = node.parent
+        while parent is not None:
+            assert isinstance(parent.below, list)
+            parent.below[level] -= 1
+            if parent.below[level]:
+                return
+            self.candidates[level].offer(parent)
+            if parent.holds(level):
                 return
             parent = parent.parent
 
@@ -753,7 +781,11 @@ class PrefixIndex:
 
     def _enter_segments(self, node: Node, places: Sequence[int]) -> None:
         for segment in {self.segment_of(place) for place in places if place != NOWHERE}:
-            self.on_ssd.setdefault(segment, set()).add(node)
+            nodes = self.on_ssd.get(segment)
+            if nodes is None:
+                self.on_ssd[segment] = {node}
+            else:
+                nodes.add(node)
 
     def _leave_segments(self, node: Node, places: Sequence[int]) -> None:
         """Some blocks of the node lay at `places`: take it out of the segments in which none of them lies any more."""
@@ -780,8 +812,13 @@ class PrefixIndex:
             self.history.note_all(lost_keys, Fate(loss, LEVEL_NAMES[level], self._clock()))
 
 
+def node_bytes(node: Node) -> int:
+    """Bytes of memory that a node takes, without the places of its copies."""
+    return edge_bytes(node, node.blocks) + LEVEL_BYTES * (len(LEVELS) - node.places.count(None))
+
+
 def edge_bytes(node: Node, blocks: int) -> int:
-    """Bytes of memory that an edge of so many blocks takes, without places."""
+    """Bytes of memory that an edge of so many blocks takes, without copies."""
     if not blocks:
         return 0
     token_bytes = node.tree.token_bytes

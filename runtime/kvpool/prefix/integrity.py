@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from kvpool.blocks.identity import KEY_BYTES
-from kvpool.prefix.index import PLACE_BYTES, TREE_BYTES, Pin, PrefixIndex, edge_bytes
+from kvpool.prefix.index import PLACE_BYTES, TREE_BYTES, Pin, PrefixIndex, node_bytes
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, SSD, Node
 from kvpool.prefix.tree import PrefixTree, count_solid
 
@@ -202,7 +202,7 @@ def _check_accounts(index: PrefixIndex, nodes: list[Node]) -> None:
             copies[level] += held
             copy_bytes[level] += held * node.tree.record_bytes
             shared_bytes[level] += held * node.tree.record_bytes * node.shared
-    structure = TREE_BYTES * len(index.trees) + sum(edge_bytes(node, node.blocks) for node in nodes)
+    structure = TREE_BYTES * len(index.trees) + sum(node_bytes(node) for node in nodes)
     expected = {
         "blocks": sum(node.blocks for node in nodes),
         "bytes": structure + PLACE_BYTES * sum(copies),

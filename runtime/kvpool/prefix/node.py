@@ -122,11 +122,18 @@ class Node:
 
     def held_to(self) -> int:
         """Index after the last block of this edge that has a copy."""
-        return max(len(places) if places is not None else 0 for places in self.places)
+        gpu, ram, ssd = self.places
+        held = len(ram) if ram is not None else 0
+        if ssd is not None and len(ssd) > held:
+            held = len(ssd)
+        if gpu is not None and len(gpu) > held:
+            held = len(gpu)
+        return held
 
     def holds(self, level: int) -> bool:
         """Whether this edge, or anything below it, has a copy at `level` or a faster one."""
-        return self.below[level] > 0 or any(self.places[: level + 1])
+        gpu, ram, ssd = self.places
+        return bool(self.below[level] or gpu or (ram and level >= RAM) or (ssd and level == SSD))
 
     def leased_to(self) -> int:
         """Depth up to which the blocks of this edge are leased; `start` when none is."""
@@ -143,10 +150,11 @@ class Node:
         places = self.places[level]
         if not places or self.below[level]:
             return NOWHERE
-        last = len(places) - 1
-        if any((faster := self.places[at]) and len(faster) - 1 > last for at in range(level)):
-            return NOWHERE
-        return last if self.start + last >= self.leased_to() else NOWHERE
+        held = len(places)
+        for faster in self.places[:level]:
+            if faster is not None and len(faster) > held:
+                return NOWHERE
+        return held - 1 if self.start + held > self.leased_to() else NOWHERE
 
     # -- ages ----------------------------------------------------------------------------------------------------------
 

@@ -60,25 +60,16 @@ class Restored(NamedTuple):
 
 
 class _Run:
-    """A chain of blocks that will be one edge, or a part of one."""
+    """A chain of records that will be one edge, or a part of one."""
 
-    __slots__ = ("depth", "end", "extra", "keys", "node", "parent", "places", "tokens")
+    __slots__ = ("depth", "extra", "node", "parent", "records")
 
     def __init__(self, parent: _Run | None, record: Found) -> None:
         self.parent = parent
         self.depth = record.depth
-        self.end = record.depth + 1
         self.extra = record.extra
-        self.tokens = [record.tokens]
-        self.places = [record.place]
-        self.keys = [record.key]
+        self.records = [record]
         self.node: Node | None = None
-
-    def append(self, record: Found) -> None:
-        self.end += 1
-        self.tokens.append(record.tokens)
-        self.places.append(record.place)
-        self.keys.append(record.key)
 
 
 def restore(index: PrefixIndex, tree: PrefixTree, records: Iterable[Found]) -> Restored:
@@ -91,25 +82,16 @@ def restore(index: PrefixIndex, tree: PrefixTree, records: Iterable[Found]) -> R
     orphans: list[int] = []
     duplicates: list[int] = []
     most_blocks = max(MAX_EDGE_BYTES // tree.token_bytes, 1)
-    root, extend = tree.chain.root, tree.chain.extend
+    extend = tree.chain.extend
     for record in sorted(records, key=attrgetter("depth")):
-        key, depth = record.key, record.depth
+        key = record.key
         parent = runs.get(record.parent)
         if key in runs:
             duplicates.append(record.place)
-        elif (
-            not _fits(parent, record, root, tree.token_bytes)
-            or extend(record.parent, record.tokens, record.extra) != key
-        ):
+        elif not _fits(parent, record, tree) or extend(record.parent, record.tokens, record.extra) != key:
             orphans.append(record.place)
-        elif (
-            parent is not None
-            and parent.end == depth
-            and not record.extra
-            and parent.keys[-1] == record.parent
-            and len(parent.keys) < most_blocks
-        ):
-            parent.append(record)
+        elif parent is not None and _lengthens(parent, record, most_blocks):
+            parent.records.append(record)
             runs[key] = parent
         else:
             runs[key] = run = _Run(parent, record)
@@ -118,23 +100,29 @@ def restore(index: PrefixIndex, tree: PrefixTree, records: Iterable[Found]) -> R
     with index.lock:
         tree = index._entered(tree)
         if tree.erased:
-            return Restored(0, orphans + [place for run in chains for place in run.places], duplicates)
+            return Restored(0, orphans + [record.place for run in chains for record in run.records], duplicates)
         for run in chains:
             refused = _enter(index, tree, run)
             duplicates += refused
-            blocks += len(run.places) - len(refused)
+            blocks += len(run.records) - len(refused)
         index._prune(tree.root)
     return Restored(blocks, orphans, duplicates)
 
 
-def _fits(parent: _Run | None, record: Found, root: BlockKey, token_bytes: int) -> bool:
+def _fits(parent: _Run | None, record: Found, tree: PrefixTree) -> bool:
     """Whether the record is one of this tree's blocks, and follows the block that it names."""
-    if len(record.tokens) != token_bytes:
+    if len(record.tokens) != tree.token_bytes:
         return False
     if parent is None:
-        return record.depth == 0 and record.parent == root
+        return record.depth == 0 and record.parent == tree.chain.root
     at = record.depth - 1 - parent.depth
-    return 0 <= at < len(parent.keys) and parent.keys[at] == record.parent
+    return 0 <= at < len(parent.records) and parent.records[at].key == record.parent
+
+
+def _lengthens(run: _Run, record: Found, most_blocks: int) -> bool:
+    """Whether the record can be the next of the run's edge: the first child found, without an extra key."""
+    blocks = len(run.records)
+    return record.depth == run.depth + blocks and not record.extra and blocks < most_blocks
 
 
 def _enter(index: PrefixIndex, tree: PrefixTree, run: _Run) -> list[int]:
@@ -144,6 +132,12 @@ def _enter(index: PrefixIndex, tree: PrefixTree, run: _Run) -> list[int]:
         node = run.parent.node
         while node.start >= run.depth and node.parent is not None:
             node = node.parent
+    records = run.records
+    places = [record.place for record in records]
+    tokens, keys = records[0].tokens, bytes(records[0].key)
+    if len(records) > 1:
+        tokens = b"".join([record.tokens for record in records])
+        keys = b"".join([record.key for record in records])
     extras = {run.depth: run.extra} if run.extra else None
-    run.node, refused = index._enter(node, run.depth, b"".join(run.tokens), b"".join(run.keys), SSD, run.places, extras)
+    run.node, refused = index._enter(node, run.depth, tokens, keys, SSD, places, extras)
     return refused

@@ -79,7 +79,8 @@ class PrefixTree:
 
     def add_child(self, parent: Node, tokens: bytes, keys: bytes, extra: bytes) -> Node:
         """Hang a new edge with these blocks below `parent`. It has no copies yet."""
-        child = Node(self, parent, tokens, keys, extra, parent.end, parent.end + len(keys) // KEY_BYTES)
+        start = parent.end
+        child = Node(self, parent, tokens, keys, extra, start, start + len(keys) // KEY_BYTES)
         if parent.children is NO_CHILDREN:
             parent.children = {}
             parent.below = [0, 0, 0]
