@@ -20,6 +20,7 @@ import secrets
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -84,6 +85,8 @@ class Space:
         self._clock = clock
         self._fixed_segment_bytes = segment_bytes
         self._blanks: list[Blank] = []
+        self._empty: set[Segment] = set()
+        self._sizes: Counter[int] = Counter()
         self._litter: dict[Path, int] = {}
         self._foreign_ids: set[int] = set()
         self._last_id = 0
@@ -156,7 +159,7 @@ class Space:
         """Segments in which nothing lives and nothing happens. Under the lock."""
         return [
             segment
-            for segment in self.segments.values()
+            for segment in self._empty
             if segment.live_records == 0
             and not segment.busy
             and (segment.phase is Phase.SEALED or (segment.phase is Phase.OPEN and segment.places))
@@ -178,7 +181,16 @@ class Space:
     def remove(self, segment: Segment) -> None:
         """Forget a segment that nobody uses, and every record in it. Under the lock; `retire` its file afterwards."""
         del self.segments[segment.id]
+        self._empty.discard(segment)
+        self._sizes -= Counter([segment.file_bytes])
         segment.forget_all()
+
+    def note_records(self, segment: Segment) -> None:
+        """Records went from, or came to, this segment: remember it while nothing lives there. Under the lock."""
+        if segment.live_records == 0:
+            self._empty.add(segment)
+        else:
+            self._empty.discard(segment)
 
     def retire(self, segment: Segment) -> None:
         """Make the file of a removed segment a blank, or unlink it. Does I/O.
@@ -220,12 +232,17 @@ class Space:
         while self._used_bytes > self.capacity_bytes and too_many < len(segments):
             self._unlink(segments[too_many].path, segments[too_many].file_bytes)
             too_many += 1
-        self.segments = {segment.id: segment for segment in segments[too_many:]}
+        for segment in segments[too_many:]:
+            self._include(segment)
         return too_many
+
+    def _include(self, segment: Segment) -> None:
+        self.segments[segment.id] = segment
+        self._sizes[segment.file_bytes] += 1
 
     def _spare_bytes(self, file_bytes: int) -> int:
         """One whole segment of the largest size that may have to be appended again."""
-        return max(file_bytes, self.segment_bytes, *(segment.file_bytes for segment in self.segments.values()), 0)
+        return max(file_bytes, self.segment_bytes, *self._sizes)
 
     def _available_bytes(self) -> int:
         return self.capacity_bytes - self._used_bytes + sum(blank.file_bytes for blank in self._blanks)
@@ -300,7 +317,7 @@ class Space:
             raise
         with self._lock:
             segment.writers = 0
-            self.segments[segment_id] = segment
+            self._include(segment)
         return segment
 
     def _blank(self, segment: Segment) -> bool:

@@ -107,6 +107,7 @@ class SsdTier:
         self._lock = state_lock
         self._grow_lock = threading.Lock()
         self._open: dict[Fingerprint, Segment] = {}
+        self._full: list[Segment] = []
         self._writes = 0
         self._in_flight = 0
         self._closed = False
@@ -234,6 +235,7 @@ class SsdTier:
                 segment = self._space.segments.get(segment_of(place))
                 if segment is not None:
                     segment.drop(place)
+                    self._space.note_records(segment)
 
     def segments(self) -> list[SegmentInfo]:
         """Every segment that holds, or may take, records."""
@@ -281,9 +283,9 @@ class SsdTier:
             with self._lock:
                 for segment in list(self._open.values()):
                     self._close_segment(segment)
-                unsealed = [s for s in self._space.segments.values() if s.phase is Phase.SEALED and s.entries]
-                for segment in unsealed:
-                    segment.phase = Phase.FULL
+                for segment in self._space.segments.values():
+                    if segment.phase is Phase.SEALED and not segment.footer_written:
+                        self._complete(segment)
             failures = self._counts["seal_failures"]
             self._seal_ready()
             if self._counts["seal_failures"] > failures:
@@ -425,6 +427,7 @@ class SsdTier:
                     item.segment.publish(item.slot)
                 else:
                     item.segment.abandon(item.slot)
+                    self._space.note_records(item.segment)
         self._seal_ready()
 
     # --- segments --------------------------------------------------------------------------------------------------
@@ -496,7 +499,12 @@ class SsdTier:
     def _close_segment(self, segment: Segment) -> None:
         """No more records for this one; sealed where its footer still stands, or else as soon as nobody writes."""
         del self._open[segment.header.fingerprint]
+        self._complete(segment)
+
+    def _complete(self, segment: Segment) -> None:
         segment.phase = Phase.SEALED if segment.footer_written else Phase.FULL
+        if segment.phase is Phase.FULL:
+            self._full.append(segment)
 
     def _close_least_recently_written(self) -> None:
         """Nothing can be made and nothing is sealed: give the engine a segment that it may free."""
@@ -506,11 +514,11 @@ class SsdTier:
     def _seal_ready(self) -> None:
         while True:
             with self._lock:
-                ready = (s for s in self._space.segments.values() if s.phase is Phase.FULL and s.writers == 0)
-                segment = next(ready, None)
+                segment = next((full for full in self._full if full.writers == 0), None)
                 if segment is None:
                     return
-                segment.writers += 1  # ours: nobody else takes it, and its file stays
+                self._full.remove(segment)
+                segment.writers += 1  # its file stays
             self._seal(segment)
 
     def _seal(self, segment: Segment) -> None:
@@ -625,8 +633,9 @@ class SsdTier:
         places = [record.place for record in found.records]
         segment.adopt(found.header, places, found.next_page, variable_bytes)
         segment.entries = list(found.entries)
+        self._space.note_records(segment)
         segment.footer_written = found.footer
-        segment.phase = Phase.SEALED if found.footer else Phase.FULL
+        self._complete(segment)
 
     def _consider_resuming(self, segment: Segment) -> None:
         """Of each model's segments the one with the most room is open again."""
