@@ -122,7 +122,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
                 min_prefix_tokens=1,
                 max_shared_bytes=max_shared * RECORD_BYTES,
             ),
-            segment_of=lambda place: place // SEGMENT_PLACES,
+            region_of={RAM: lambda place: place // 7, SSD: lambda place: place // SEGMENT_PLACES},
             clock=lambda: 5.0,
         )
         self.model = Model()
@@ -140,7 +140,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         tree_id = TreeId(Fingerprint(bytes(32)), TenantDigest(bytes(16)), self.epoch)
         chain = KeyChain(SECRET, *tree_id)
         self.trees[self.epoch] = PrefixTree(
-            tree_id, token_bytes=4 * self.block_tokens, payload_bytes=64, record_bytes=RECORD_BYTES, chain=chain
+            tree_id, token_bytes=4 * self.block_tokens, record_bytes=RECORD_BYTES, chain=chain
         )
         return self.epoch
 
@@ -179,7 +179,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         """Take what left the index out of the model, one by one; nothing leased may be among it."""
         leased = self.leased()
         found = []
-        for level, place, record_bytes, last in gone:
+        for level, place, record_bytes, last, _ in gone:
             where = self.model.block_at(level, place)
             assert may_be_leased or where not in leased
             assert record_bytes == RECORD_BYTES
@@ -333,11 +333,11 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
     @rule(segment=st.integers(0, 50), keep_leased=st.booleans())
     def vacate(self, segment: int, keep_leased: bool) -> None:
-        segments = sorted(self.index.on_ssd)
+        segments = sorted(self.index.residents[SSD])
         if not segments:
             return
         segment = segments[segment % len(segments)]
-        for node in list(self.index.on_ssd[segment]):
+        for node in list(self.index.residents[SSD][segment]):
             while True:
                 gone, complete = self.index.vacate(node, segment, keep_leased=keep_leased)
                 self.lost(gone, may_be_leased=not keep_leased)
@@ -350,17 +350,21 @@ class IndexAgainstModel(RuleBasedStateMachine):
                 assert keep_leased
                 assert where[0] in {tree for tree, _ in leased}
 
-    @rule(place=st.integers(0, 500))
-    def move_on_ssd(self, place: int) -> None:
-        here = sorted(copies[SSD] for copies in self.model.copies.values() if SSD in copies)
+    @rule(level=st.sampled_from([RAM, SSD]), place=st.integers(0, 500))
+    def move(self, level: int, place: int) -> None:
+        here = sorted(copies[level] for copies in self.model.copies.values() if level in copies)
         if not here:
             return
         old = here[place % len(here)]
-        node = next(node for node in self.index.on_ssd[old // SEGMENT_PLACES] if old in (node.places[SSD] or ()))
+        residents = self.index.residents[level][self.index.region_of[level](old)]
+        node = next(node for node in residents if old in (node.places[level] or ()))
+        where = self.model.block_at(level, old)
         (new,) = self.new_places(1)
-        assert self.index.move_on_ssd(node, old, new)
-        self.model.copies[self.model.block_at(SSD, old)][SSD] = new
-        assert not self.index.move_on_ssd(node, old, new)
+        moved = self.index.move(node, level, old, new)
+        assert moved == (where not in self.leased()), "a leased block is never moved"
+        if moved:
+            self.model.copies[where][level] = new
+            assert not self.index.move(node, level, old, new)
 
     @precondition(lambda self: self.leases)
     @rule(which=st.integers(0, 50))

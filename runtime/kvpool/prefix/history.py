@@ -16,6 +16,7 @@ class Loss(StrEnum):
     SEGMENT_FREED = "ssd-segment-freed"
     REFUSED = "refused"
     INDEX_FULL = "index-full"
+    ERASED = "erased"
 
 
 class Fate(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -35,7 +35,7 @@ TREE_BYTES: Final = 2048
 NODE_BYTES: Final = 360
 """What a node takes beside its blocks and copies: object, lists, entry in its parent (measured, as all of these)."""
 LEVEL_BYTES: Final = 340
-"""What a node takes for having copies in a tier, beside their places: array, entries in the policy and in `on_ssd`."""
+"""What a node takes for having copies in a tier, beside their places: array, entries in the policy and `residents`."""
 KEY_IN_PARENT_BYTES: Final = 33
 """What the copy of the first block's token ids takes, beside them, that is the node's key in its parent."""
 BLOCK_OVERHEAD_BYTES: Final = KEY_BYTES
@@ -76,9 +76,11 @@ class Gone(NamedTuple):
     record_bytes: int
     last: bool
     """Whether it was the block's last copy."""
+    key: bytes
+    """The block's key where the index was asked to `report_keys`; else empty, for that costs a slice per block."""
 
 
-_gone: Callable[[tuple[int, int, int, bool]], Gone] = partial(tuple.__new__, Gone)
+_gone: Callable[[tuple[int, int, int, bool, bytes]], Gone] = partial(tuple.__new__, Gone)
 """`Gone` from a tuple, in a third of the time."""
 
 
@@ -103,7 +105,7 @@ class PrefixIndex:
         make_policy: Callable[[], EvictionPolicy],
         sharing: SharingRules | None = None,
         history: History | None = None,
-        segment_of: Callable[[int], int] = lambda place: place,
+        region_of: Mapping[int, Callable[[int], int]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lock = threading.Lock()
@@ -120,11 +122,21 @@ class PrefixIndex:
         """Per level: how many blocks have a copy there."""
         self.copy_bytes = [0, 0, 0]
         self.shared_bytes = [0, 0, 0]
-        self.on_ssd: dict[int, set[Node]] = {}
-        """Segment -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
+        self.region_of: dict[int, Callable[[int], int]] = dict(region_of or {SSD: _itself})
+        """Per level that is freed region by region (SSD segments, RAM extents): the region of a place."""
+        self.residents: dict[int, dict[int, set[Node]]] = {level: {} for level in self.region_of}
+        """Per such level: region -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
+        self.report_keys = False
+        self.matches = 0
+        """Requests: calls of `match` that count."""
+        self.asked_blocks = 0
+        self.matched_blocks = 0
+        self.shared_hits = 0
+        """Matched blocks that belong to a shared prefix."""
+        self.unsaved_blocks = 0
+        """Blocks that were wanted on SSD and were lost before they were written there."""
         self._graves: list[_Grave] = []
         self._clock = clock
-        self.segment_of = segment_of
         self.uses = 0
         """The clock of ages: how many leases were opened or lengthened."""
         self.candidates = [
@@ -174,11 +186,18 @@ class PrefixIndex:
     # -- leases --------------------------------------------------------------------------------------------------------
 
     def match(
-        self, tree: PrefixTree, tokens: bytes, extras: Extras | None = None, most_blocks: int | None = None
+        self,
+        tree: PrefixTree,
+        tokens: bytes,
+        extras: Extras | None = None,
+        most_blocks: int | None = None,
+        *,
+        asked: int = 0,
     ) -> Pin:
         """Pin the longest prefix of `tokens` all of whose blocks have a copy; at most `most_blocks` of them.
 
         A tree that was given up because it was empty is entered again; or another that has taken its place is used.
+        `asked`: the blocks of a request, to be counted among the statistics; 0 for a look-up that is none.
         """
         self._acquire()
         try:
@@ -193,6 +212,15 @@ class PrefixIndex:
                 while node.start >= depth and node.parent is not None:
                     node = node.parent
             self._hold(node, depth)
+            if asked:
+                self.matches += 1
+                self.asked_blocks += asked
+                if depth:
+                    self.matched_blocks += depth
+                    shared = node
+                    while not shared.shared and shared.parent is not None:
+                        shared = shared.parent
+                    self.shared_hits += min(shared.end, depth)
         finally:
             self._release()
         return Pin(tree, node, depth)
@@ -359,9 +387,7 @@ class PrefixIndex:
         with self.lock:
             gone: list[Gone] = []
             kept = node.leased_to() - node.start if keep_leased else 0
-            places = node.places[SSD] or ()
-            inside = [at for at, place in enumerate(places) if place != NOWHERE and self.segment_of(place) == segment]
-            for index in reversed(inside):
+            for index in reversed(self.inside(node, SSD, segment)):
                 if index < kept:
                     return gone, False
                 if len(gone) >= BATCH_BLOCKS:
@@ -369,16 +395,29 @@ class PrefixIndex:
                 self._remove(node, index, index + 1, SSD, Loss.SEGMENT_FREED, gone)
             return gone, True
 
-    def move_on_ssd(self, node: Node, old: int, new: int) -> bool:
-        """Point the block that lies at `old` to `new`; False when nothing in this node lies there any more."""
+    def inside(self, node: Node, level: int, region: int) -> list[int]:
+        """Which blocks of the edge lie in this region of `level`. Call with the lock held."""
+        region_of = self.region_of[level]
+        places = node.places[level] or ()
+        return [at for at, place in enumerate(places) if place != NOWHERE and region_of(place) == region]
+
+    def move(self, node: Node, level: int, old: int, new: int) -> bool:
+        """Point the block that lies at `old` to `new`.
+
+        False, and nothing changed, when no block of this node, or of one that was split off it, lies there any more,
+        or when that block is leased: somebody may be reading it at `old`.
+        """
         with self.lock:
             at: Node | None = node
             while at is not None:
-                places = at.places[SSD]
+                places = at.places[level]
                 if places is not None and old in places:
-                    places[places.index(old)] = new
-                    self._enter_segments(at, [new])
-                    self._leave_segments(at, [old])
+                    index = places.index(old)
+                    if at.start + index < at.leased_to():
+                        return False
+                    places[index] = new
+                    self._enter_regions(at, level, [new])
+                    self._leave_regions(at, level, [old])
                     return True
                 at = at.parent
             return False
@@ -531,10 +570,11 @@ class PrefixIndex:
         before = node_bytes(node)
         upper = node.tree.split(node, at)
         self.bytes += node_bytes(upper) + node_bytes(node) - before
-        moved = upper.places[SSD]
-        if moved is not None:
-            self._enter_segments(upper, moved)
-            self._leave_segments(node, moved)
+        for level in self.region_of:
+            moved = upper.places[level]
+            if moved is not None:
+                self._enter_regions(upper, level, moved)
+                self._leave_regions(node, level, moved)
         for candidates in self.candidates:
             if not node.places[candidates.level]:
                 candidates.withdraw(node)
@@ -561,8 +601,8 @@ class PrefixIndex:
         else:
             taken, refused = _fill_gaps(known, index, places)
         self._count(node, level, len(taken))
-        if level == SSD and taken:
-            self._enter_segments(node, taken)
+        if taken and level in self.region_of:
+            self._enter_regions(node, level, taken)
         if not node.whole and index <= node.solid < end:
             node.solid = count_solid(node, end)
             node.whole = node.solid == node.blocks
@@ -597,19 +637,23 @@ class PrefixIndex:
         else:
             places[first:until] = array("q", [NOWHERE]) * len(taken)
         record_bytes = node.tree.record_bytes
-        if NOWHERE not in taken and node.held_to() <= first:
+        keys = node.keys if self.report_keys else b""
+        if NOWHERE not in taken and node.held_to() <= first and not keys:
             lost: Sequence[int] = range(first, first + len(taken))
-            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True)))
+            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True), repeat(b"")))
             found = len(taken)
         else:
             here = [(at, place) for at, place in enumerate(taken, first) if place != NOWHERE]
             lost = [at for at, _ in here if not node.has_copy(at)]
             lasts = set(lost)
-            gone += [Gone(level, place, record_bytes, at in lasts) for at, place in reversed(here)]
+            gone += [
+                Gone(level, place, record_bytes, at in lasts, keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])
+                for at, place in reversed(here)
+            ]
             found = len(here)
         self._count(node, level, -found)
-        if level == SSD:
-            self._leave_segments(node, taken)
+        if level in self.region_of:
+            self._leave_regions(node, level, taken)
         if node.places[level] is None:
             self.bytes -= LEVEL_BYTES
             for at in LEVELS[level:]:
@@ -779,25 +823,27 @@ class PrefixIndex:
         if node.shared:
             self.shared_bytes[level] += nbytes
 
-    def _enter_segments(self, node: Node, places: Sequence[int]) -> None:
-        for segment in {self.segment_of(place) for place in places if place != NOWHERE}:
-            nodes = self.on_ssd.get(segment)
+    def _enter_regions(self, node: Node, level: int, places: Sequence[int]) -> None:
+        region_of, residents = self.region_of[level], self.residents[level]
+        for region in {region_of(place) for place in places if place != NOWHERE}:
+            nodes = residents.get(region)
             if nodes is None:
-                self.on_ssd[segment] = {node}
+                residents[region] = {node}
             else:
                 nodes.add(node)
 
-    def _leave_segments(self, node: Node, places: Sequence[int]) -> None:
-        """Some blocks of the node lay at `places`: take it out of the segments in which none of them lies any more."""
-        left = node.places[SSD] or ()
-        for segment in {self.segment_of(place) for place in places if place != NOWHERE}:
-            if any(place != NOWHERE and self.segment_of(place) == segment for place in reversed(left)):
+    def _leave_regions(self, node: Node, level: int, places: Sequence[int]) -> None:
+        """Some blocks of the node lay at `places`: take it out of the regions in which none of them lies any more."""
+        region_of, residents = self.region_of[level], self.residents[level]
+        left = node.places[level] or ()
+        for region in {region_of(place) for place in places if place != NOWHERE}:
+            if any(place != NOWHERE and region_of(place) == region for place in reversed(left)):
                 continue
-            nodes = self.on_ssd.get(segment)
+            nodes = residents.get(region)
             if nodes is not None:
                 nodes.discard(node)
                 if not nodes:
-                    del self.on_ssd[segment]
+                    del residents[region]
 
     def _protects(self, level: int) -> bool:
         return self.sharing.protect and self.shared_bytes[level] <= self.sharing.max_shared_bytes
@@ -806,10 +852,17 @@ class PrefixIndex:
         return node.shared and node.end * node.tree.token_bytes >= 4 * self.sharing.min_prefix_tokens
 
     def _note_loss(self, node: Node, lost: Sequence[int], level: int, loss: Loss) -> None:
-        if not node.tree.erased:
-            keys = node.keys
-            lost_keys = [BlockKey(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in lost]
-            self.history.note_all(lost_keys, Fate(loss, LEVEL_NAMES[level], self._clock()))
+        wanted = node.save_to - node.start
+        if wanted > lost[0] and not node.tree.erased:
+            self.unsaved_blocks += sum(at < wanted for at in lost)
+        keys = node.keys
+        lost_keys = [BlockKey(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in lost]
+        reason = Loss.ERASED if node.tree.erased else loss
+        self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
+
+
+def _itself(place: int) -> int:
+    return place
 
 
 def node_bytes(node: Node) -> int:

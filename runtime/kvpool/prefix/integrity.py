@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from kvpool.blocks.identity import KEY_BYTES
 from kvpool.prefix.index import PLACE_BYTES, TREE_BYTES, Pin, PrefixIndex, node_bytes
-from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, SSD, Node
+from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, Node
 from kvpool.prefix.tree import PrefixTree, count_solid
 
 
@@ -28,7 +28,7 @@ def check_integrity(index: PrefixIndex, pins: Iterable[Pin] | None = None) -> No
       parents agree, keys are the chain's; only a root is empty. An edge may be followed by a single child (after an
       eviction, or where an edge may not be longer): matching does not depend on paths being compressed;
     - copies: no place twice in a tier, arrays end with a copy, `solid`, `whole` and `below` are what a recount gives,
-      `on_ssd` has exactly the nodes with copies in each segment, a leaf has a copy or a lease, a tree too;
+      `residents` has exactly the nodes with copies in each region, a leaf has a copy or a lease, a tree too;
     - leases: `refs` and `ends` are those of the open pins, and each pin finds its blocks;
     - eviction: a node is on offer exactly once if its last block may go, at an age not later than its own; what the
       policies hold are nodes of a tree;
@@ -46,7 +46,7 @@ def check_integrity(index: PrefixIndex, pins: Iterable[Pin] | None = None) -> No
             _check_ages(index, node)
             _check_need(index, node)
         _check_places(nodes)
-        _check_segments(index, nodes)
+        _check_residents(index, nodes)
         _check_leases(trees, nodes, open_pins)
         _check_candidates(index, nodes)
         _check_accounts(index, nodes)
@@ -140,13 +140,14 @@ def _check_places(nodes: list[Node]) -> None:
         _require(not twice, f"no two blocks lie at one place of level {level}", twice)
 
 
-def _check_segments(index: PrefixIndex, nodes: list[Node]) -> None:
-    expected: dict[int, set[Node]] = {}
-    for node in nodes:
-        for place in node.places[SSD] or ():
-            if place != NOWHERE:
-                expected.setdefault(index.segment_of(place), set()).add(node)
-    _require(index.on_ssd == expected, "on_ssd has the nodes of each segment, and no others")
+def _check_residents(index: PrefixIndex, nodes: list[Node]) -> None:
+    for level, region_of in index.region_of.items():
+        expected: dict[int, set[Node]] = {}
+        for node in nodes:
+            for place in node.places[level] or ():
+                if place != NOWHERE:
+                    expected.setdefault(region_of(place), set()).add(node)
+        _require(index.residents[level] == expected, f"residents of level {level} has the nodes of each region")
 
 
 def _check_leases(trees: list[PrefixTree], nodes: list[Node], pins: list[Pin] | None) -> None:

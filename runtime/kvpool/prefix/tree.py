@@ -28,14 +28,12 @@ class TreeId(NamedTuple):
 class PrefixTree:
     """Structure of one tree. Not thread-safe: the index holds its lock around every call."""
 
-    def __init__(
-        self, tree_id: TreeId, *, token_bytes: int, payload_bytes: int, record_bytes: int, chain: KeyChain
-    ) -> None:
+    def __init__(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int, chain: KeyChain) -> None:
         self.id = tree_id
         self.token_bytes = token_bytes
         """Bytes of one block's token ids."""
-        self.payload_bytes = payload_bytes
         self.record_bytes = record_bytes
+        """Bytes of one block's record."""
         self.chain = chain
         self.root = Node(self, None, b"", b"", b"", 0, 0)
         self.root.whole = True
