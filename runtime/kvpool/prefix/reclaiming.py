@@ -1,0 +1,91 @@
+"""What lies in an SSD segment that is to be freed: the index's half of reclaiming.
+
+A record goes when nothing deeper in its tree has a copy anywhere: so trees lose their leaves, and never a block that
+others hang on. What is left has to be written again elsewhere before the segment is freed. A leased block forbids both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.prefix.history import Loss
+from kvpool.prefix.index import BATCH_BLOCKS, Gone, PrefixIndex
+from kvpool.prefix.node import NOWHERE, SSD, Node
+
+
+class Living(NamedTuple):
+    """A record that has to be written again, and the node that it is found in."""
+
+    node: Node
+    place: int
+    key: BlockKey
+
+
+def residents(index: PrefixIndex, segment: int) -> list[Node]:
+    """The nodes with blocks in the segment, deepest first."""
+    with index.lock:
+        return sorted(index.residents[SSD].get(segment, ()), key=lambda node: -node.start)
+
+
+def last_use(index: PrefixIndex, segment: int) -> float:
+    """When the segment's blocks were used, on average over its nodes, on the index's clock."""
+    with index.lock:
+        ages = [node.used_at(0) for node in index.residents[SSD].get(segment, ())]
+    return sum(ages) / len(ages) if ages else 0.0
+
+
+def vacate_leaves(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
+    """Remove up to 32 unleased records from the end of an edge that lie in the segment and have nothing below them."""
+    gone: list[Gone] = []
+    with index.lock:
+        while len(gone) < BATCH_BLOCKS and not node.children:
+            places = node.places[SSD]
+            last = len(places) - 1 if places is not None else NOWHERE
+            if places is None or last + 1 < node.held_to() or node.start + last < node.leased_to():
+                break
+            if index.region_of[SSD](places[last]) != segment:
+                break
+            index._remove(node, last, last + 1, SSD, Loss.SEGMENT_FREED, gone)
+    return gone
+
+
+def living(index: PrefixIndex, node: Node, segment: int) -> list[Living] | None:
+    """The first 32 of the node's records that lie in the segment; None when one of them is leased."""
+    with index.lock:
+        inside = index.inside(node, SSD, segment)[:BATCH_BLOCKS]
+        if inside and node.start + inside[0] < node.leased_to():
+            return None
+        places = node.places[SSD] or ()
+        return [Living(node, places[at], BlockKey(node.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])) for at in inside]
+
+
+def remove_corrupt(index: PrefixIndex, node: Node, place: int) -> list[Gone]:
+    """Remove the record at `place`, which turned out to be bad, if the node still has it there."""
+    gone: list[Gone] = []
+    with index.lock:
+        places = node.places[SSD]
+        if places is not None and place in places:
+            at = places.index(place)
+            index._remove(node, at, at + 1, SSD, Loss.CORRUPT, gone)
+    return gone
+
+
+def remove_below(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
+    """Remove up to 32 unleased blocks of the subtree that begins with the node's first block in the segment.
+
+    The deepest go first. Empty when all that is left of it is leased, or nothing is left.
+    """
+    with index.lock:
+        inside = index.inside(node, SSD, segment)
+        if not inside:
+            return []
+        leaf = node
+        while leaf.children:
+            leaf = next(iter(leaf.children.values()))
+        first = inside[0] if leaf is node else 0
+        held, leased = leaf.held_to(), leaf.leased_to() - leaf.start
+        gone: list[Gone] = []
+        if held > max(leased, first):
+            index._remove_blocks(leaf, max(leased, first, held - BATCH_BLOCKS), Loss.SEGMENT_FREED, gone)
+        return gone
