@@ -31,8 +31,8 @@ class ModelIdentity:
     """All that makes keys and values compatible. One byte changed in any field is another fingerprint.
 
     `weights` is a digest of the weights' full content, or an explicit id that the user vouches for. `rope`,
-    `quantization`, `kv_scales` are canonical texts of those settings. `generation` is empty until weights are reloaded in
-    place or a cache is reset. The engine is no part of it: blocks of one model are shared between engines.
+    `quantization`, `kv_scales` are canonical texts of those settings. `generation` is empty until weights are reloaded
+    in place or a cache is reset. The engine is no part of it: blocks of one model are shared between engines.
     """
 
     name: str
@@ -59,8 +59,9 @@ class ModelIdentity:
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in ("layout", "fingerprint")}
         fields["layout"] = {**asdict(self.layout), "value_head_size": self.layout.value_dim}
         fields["generation"] = self.generation.hex()
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return Fingerprint(hashlib.blake2b(text.encode(), digest_size=32, person=b"kvpool-model-1").digest())
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        digest = hashlib.blake2b(_utf8(text, "ModelIdentity"), digest_size=32, person=b"kvpool-model-1")
+        return Fingerprint(digest.digest())
 
 
 class KeyChain:
@@ -70,6 +71,7 @@ class KeyChain:
     """
 
     def __init__(self, secret: bytes, fingerprint: Fingerprint, tenant: TenantDigest, epoch: int) -> None:
+        _check_secret(secret)
         seed = fingerprint + tenant + epoch.to_bytes(8, "little")
         self.root = BlockKey(hashlib.blake2b(seed, key=secret, digest_size=KEY_BYTES, person=b"kvpool-root-1").digest())
         self._step = hashlib.blake2b(key=secret, digest_size=KEY_BYTES, person=b"kvpool-block-1")
@@ -93,22 +95,37 @@ class KeyChain:
 
 def tenant_digest(secret: bytes, tenant: str) -> TenantDigest:
     """Return what stands for `tenant` in keys, records and rows; its name never leaves the process."""
-    digest = hashlib.blake2b(tenant.encode(), key=secret, digest_size=16, person=b"kvpool-tenant-1")
+    _check_secret(secret)
+    digest = hashlib.blake2b(_utf8(tenant, "tenant"), key=secret, digest_size=16, person=b"kvpool-tenant-1")
     return TenantDigest(digest.digest())
 
 
 def checked_extra_keys(extra_keys: Mapping[int, bytes]) -> Mapping[int, bytes]:
     """Return `extra_keys` (block index -> digest bytes) without empty ones, or raise `InputError` naming the index."""
-    for index, extra in extra_keys.items():
+    packed = {index: bytes(extra) for index, extra in extra_keys.items()}
+    for index, extra in packed.items():
         if index < 0:
             raise InputError(f"extra_keys[{index}]: a block index is 0 or more")
         if len(extra) > MAX_EXTRA_KEY_BYTES:
             raise InputError(
                 f"extra_keys[{index}] has {len(extra)} bytes; at most {MAX_EXTRA_KEY_BYTES}: pass a digest"
             )
-    return {index: bytes(extra) for index, extra in extra_keys.items() if extra}
+    return {index: extra for index, extra in packed.items() if extra}
 
 
 def joined_extra_keys(parts: Sequence[bytes]) -> bytes:
     """Fold several digests of one block into one, so that no two lists of parts give the same bytes."""
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+
+def _check_secret(secret: bytes) -> None:
+    if len(secret) != SECRET_BYTES:
+        raise InputError(f"the pool secret has {len(secret)} bytes; it must have {SECRET_BYTES}")
+
+
+def _utf8(text: str, what: str) -> bytes:
+    """Half a surrogate pair has no bytes: refused, so that no two texts give one digest."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds {text[error.start]!r}, which is no Unicode character") from None

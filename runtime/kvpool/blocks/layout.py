@@ -1,8 +1,8 @@
 """The shape of a block: how the keys and values of `block_tokens` consecutive tokens lie in its payload.
 
 The payload has one canonical order, whatever the engine: layer, plane (keys, then values), head, token, dimension.
-Heads before tokens, so that a head's tokens are one contiguous run: the order of most attention kernels' caches, and the
-one in which a tensor-parallel rank's heads are a slice. Adapters own the transpose.
+Heads before tokens, so that a head's tokens are one contiguous run: the order of most attention kernels' caches, and
+the one in which a tensor-parallel rank's heads are a slice. Adapters own the transpose.
 """
 
 from dataclasses import dataclass

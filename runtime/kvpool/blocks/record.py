@@ -14,8 +14,9 @@
     4088   8   xxh3-64 of the 4,088 bytes before
     4096   ..  payload, padded with zeros to 4 KiB
 
-All integers are little-endian. A buffer that holds a record starts on a 4 KiB boundary where it is to be read or written
-with O_DIRECT. The checksums find damage; that a record is the one asked for is found by comparing its head.
+All integers are little-endian. A buffer that holds a record starts on a 4 KiB boundary where it is to be read or
+written with O_DIRECT. The checksums find damage (in the padding it is found by its zeros); that a record is the one
+asked for is found by comparing its head.
 """
 
 import struct
@@ -155,17 +156,18 @@ def check_payload(record: Buffer, head: Head) -> None:
     """Raise `CorruptRecordError` unless the payload in `record` is the one that `head` was sealed with."""
     view = memoryview(record)
     end = PAGE_BYTES + head.payload_bytes
-    if len(view) < end:
+    if len(view) < head.record_bytes:
         raise CorruptRecordError(Corruption.TRUNCATED)
-    if xxhash.xxh3_64_intdigest(view[PAGE_BYTES:end]) != head.checksum:
+    damaged_padding = bytes(view[end : head.record_bytes]).strip(b"\0")
+    if damaged_padding or xxhash.xxh3_64_intdigest(view[PAGE_BYTES:end]) != head.checksum:
         raise CorruptRecordError(Corruption.PAYLOAD_CHECKSUM)
 
 
 def open_record(record: Buffer, expected: Head) -> Head:
     """Return the head of `record` if it is, byte for byte, the block that `expected` describes.
 
-    Compared are fingerprint, tenant, epoch, key, parent, depth, tokens, extra keys and the raw length; then the payload's
-    checksum. `expected`'s codec, payload length and checksum are not looked at: the record says them. Raises
+    Compared are fingerprint, tenant, epoch, key, parent, depth, tokens, extra keys and the raw length; then the
+    payload's checksum. `expected`'s codec, payload length and checksum are not looked at: the record says them. Raises
     `CorruptRecordError`, whose reason is the first thing that differs.
     """
     head = read_head(record)

@@ -1,6 +1,6 @@
 """How payloads cross between an engine's memory and a pool: two small protocols that adapters implement.
 
-One copy each way, no intermediate: the pool lends the adapter a view of the tier's own memory for the duration of the call.
+One copy each way, no intermediate: the pool lends the adapter a view of the tier's own memory while the call runs.
 """
 
 from typing import Protocol
@@ -26,7 +26,8 @@ class BlockSink(Protocol):
     def write_block(self, index: int, payload: Buffer) -> None:
         """Take the payload of block `index`, counted from the prompt's start.
 
-        `payload` is a read-only numpy uint8 array, as in `BlockSource.read_block`; verified if it came from outside this
-        process. It must not be kept. Blocks come in order. Whatever this raises ends the load and reaches its caller.
+        `payload` is a read-only numpy uint8 array, as in `BlockSource.read_block`; verified if it came from outside
+        this process. It must not be kept. Blocks come in order. Whatever this raises ends the load and reaches its
+        caller.
         """
         ...
