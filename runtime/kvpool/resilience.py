@@ -149,7 +149,8 @@ class CircuitBreaker:
     def _too_many_bad(self, this_one: bool) -> bool:
         now = self._clock()
         self._window.append((now, this_one))
-        if len(self._window) < self._limits.window_calls or self._window[0][0] < now - self._limits.window_s:
+        full = len(self._window) == self._limits.window_calls and self._window[0][0] >= now - self._limits.window_s
+        if not this_one or not full:
             return False
         return sum(bad for _, bad in self._window) >= self._limits.bad_ratio * self._limits.window_calls
 
