@@ -5,6 +5,7 @@
     SECRET        the pool secret (`secret`)
     EPOCHS        the epochs of tenants (`epochs`)
     models.json   the models that were registered (`registry`)
+    HISTORY       why blocks were lost, from one close to the next start (`history_file`)
     ssd/          the ssd tier's own directory
 
 `FORMAT`'s first line, `kvpool-pool format=1`, keeps this shape in every version to come.
@@ -89,6 +90,11 @@ class PoolDirectory:
     def models(self) -> Path:
         """The file of the registered models."""
         return self.path / "models.json"
+
+    @property
+    def history(self) -> Path:
+        """The file of what became of lost blocks."""
+        return self.path / "HISTORY"
 
     def close(self) -> None:
         """Let other processes in. Safe to call again."""

@@ -19,6 +19,16 @@ def pinned_heads(index: PrefixIndex, pin: Pin, first: int, count: int, *, payloa
     return found
 
 
+def pinned_keys(index: PrefixIndex, pin: Pin, first: int) -> list[BlockKey]:
+    """The key of the block before `first`, then those of the pinned blocks from `first` on."""
+    with index.lock:
+        keys = [pin.tree.chain.root]
+        for node in index.path(pin):
+            until = (min(node.end, pin.depth) - node.start) * KEY_BYTES
+            keys += [BlockKey(node.keys[at : at + KEY_BYTES]) for at in range(0, until, KEY_BYTES)]
+    return keys[first:]
+
+
 def edge_heads(node: Node, begin: int, end: int, *, payload_bytes: int) -> list[Head]:
     """The heads of the blocks `begin` to before `end` of one edge. Call with the index's lock held."""
     tree, tokens, keys = node.tree, node.tokens, node.keys

@@ -144,6 +144,11 @@ class PrefixIndex:
         ]
 
     @property
+    def has_graves(self) -> bool:
+        """Whether something of an erased tree is left to `bury`."""
+        return bool(self._graves)
+
+    @property
     def over_limit(self) -> bool:
         """Whether the index itself takes more than it may."""
         return self.bytes > self.limit_bytes
@@ -422,6 +427,11 @@ class PrefixIndex:
                 at = at.parent
             return False
 
+    def note_lost(self, keys: Sequence[BlockKey], loss: Loss, level: int) -> None:
+        """Remember why blocks that are not in the index are not: for `explain`."""
+        with self.lock:
+            self.history.note_all(keys, Fate(loss, LEVEL_NAMES[level], self._clock()))
+
     def mark_shared(self, pin: Pin) -> None:
         """Declare the pinned prefix shared, whether or not requests have diverged after it."""
         with self.lock:
@@ -654,6 +664,8 @@ class PrefixIndex:
         self._count(node, level, -found)
         if level in self.region_of:
             self._leave_regions(node, level, taken)
+        if level == SSD:
+            node.save_to = min(node.save_to, node.start + first)  # to be asked for again when it is used again
         if node.places[level] is None:
             self.bytes -= LEVEL_BYTES
             for at in LEVELS[level:]:

@@ -1,0 +1,101 @@
+"""What models and leases of one pool work with: the index, the tiers, and the threads between them.
+
+Assembled once by `Pool.open`; nothing here is public.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, tenant_digest
+from kvpool.pool.copies import Copies
+from kvpool.pool.epochs import Epochs
+from kvpool.pool.events import EventBus
+from kvpool.pool.fetch import FetchParts
+from kvpool.pool.gate import Gate
+from kvpool.pool.memory import Memory
+from kvpool.pool.reading import Readers
+from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.ssd_store import SsdStore
+from kvpool.pool.traffic import Traffic
+from kvpool.pool.write_behind import WriteBehind
+from kvpool.prefix.index import PrefixIndex
+from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.tiers.ram import RamTier
+
+SHARED_TENANT = ""
+"""Stands for all tenants where `sharing.scope` is `pool`; nobody's own name, for those are not empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveSettings:
+    """What may change while the pool is open; replaced as a whole."""
+
+    second_hit: bool
+    ssd_budget_s: float
+    read_ahead: bool
+
+
+class Tenants:
+    """From tenants' names to their digests, epochs and trees. Erasing and making trees exclude each other."""
+
+    def __init__(self, secret: bytes, epochs: Epochs, index: PrefixIndex, *, shared: bool) -> None:
+        self.lock = threading.Lock()
+        self.epochs = epochs
+        self.shared = shared
+        self._secret = secret
+        self._index = index
+
+    def digest(self, tenant: str) -> TenantDigest:
+        """What stands for the tenant in keys and records."""
+        return tenant_digest(self._secret, SHARED_TENANT if self.shared else tenant)
+
+    def chain(self, tree_id: TreeId) -> KeyChain:
+        """The keys of one tree."""
+        return KeyChain(self._secret, *tree_id)
+
+    def tree_id(self, fingerprint: Fingerprint, tenant: str) -> TreeId:
+        """The identity of a tenant's tree as of now."""
+        digest = self.digest(tenant)
+        return TreeId(fingerprint, digest, self.epochs.of(digest))
+
+    def tree(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int) -> PrefixTree:
+        """The tree of this identity, made if need be. Call with `lock` held, so that no erasure comes between."""
+        known = self._index.tree(tree_id)
+        if known is not None:
+            return known
+        return self._index.add_tree(
+            PrefixTree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes, chain=self.chain(tree_id))
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """The parts of an open pool. `settings` is replaced by `Pool.reload`, all else stays."""
+
+    index: PrefixIndex
+    ram: RamTier
+    store: SsdStore
+    copies: Copies
+    memory: Memory
+    readers: Readers
+    reclaimer: Reclaimer
+    writer: WriteBehind
+    events: EventBus
+    tenants: Tenants
+    settings: LiveSettings
+    wake: Callable[[], None]
+    """Has the housekeeper look for work now."""
+    gate: Gate = field(default_factory=Gate)
+    traffic: Traffic = field(default_factory=Traffic)
+    dropped_at_start: Counter[str] = field(default_factory=Counter)
+    restored_blocks: int = 0
+    restore_seconds: float = 0.0
+
+    @property
+    def fetch_parts(self) -> FetchParts:
+        """What a fetch from SSD works with."""
+        return FetchParts(self.index, self.memory, self.copies, self.store, self.readers)

@@ -1,0 +1,123 @@
+"""What happens to blocks, told to whoever wants to know: the shape of vLLM's KV events.
+
+Delivery is on a thread of each listener's own, so that a slow or failing listener holds nobody up. Each has a bounded
+queue; when it overflows the oldest events are dropped, and the gap shows in `Event.sequence`.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvpool.blocks.identity import BlockKey, Fingerprint
+from kvpool.tiers.tier import TierName
+
+QUEUE_EVENTS = 65_536
+_log = logging.getLogger(__name__)
+
+
+class BlockStored(NamedTuple):
+    """Consecutive blocks have a copy on `medium` now. `parent` is the key of the block before the first."""
+
+    keys: tuple[BlockKey, ...]
+    parent: BlockKey
+    tokens: bytes
+    """Token ids of all blocks, int32; empty for a further copy on a slower medium."""
+    block_tokens: int
+    fingerprint: Fingerprint
+    medium: TierName
+
+
+class BlockRemoved(NamedTuple):
+    """These blocks have no copy on `medium` any more."""
+
+    keys: tuple[BlockKey, ...]
+    medium: TierName
+
+
+class Event(NamedTuple):
+    """One event. Sequence numbers of one listener go up by one; a jump means that some were dropped."""
+
+    sequence: int
+    what: BlockStored | BlockRemoved
+
+
+Listener = Callable[[Event], None]
+
+
+class EventBus:
+    """Hands events to listeners. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self.active = False
+        """Whether anybody listens: events need not be made otherwise."""
+        self._lock = threading.Lock()
+        self._subscriptions: list[_Subscription] = []
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with every event from now on; returns what ends that, once all queued events are told."""
+        subscription = _Subscription(listener)
+        with self._lock:
+            self._subscriptions = [*self._subscriptions, subscription]
+            self.active = True
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscriptions = [other for other in self._subscriptions if other is not subscription]
+                self.active = bool(self._subscriptions)
+            subscription.close()
+
+        return unsubscribe
+
+    def publish(self, what: BlockStored | BlockRemoved) -> None:
+        """Queue an event for every listener; never waits."""
+        for subscription in self._subscriptions:
+            subscription.put(what)
+
+    def close(self) -> None:
+        """Deliver what is queued, and end all subscriptions."""
+        with self._lock:
+            subscriptions, self._subscriptions = self._subscriptions, []
+            self.active = False
+        for subscription in subscriptions:
+            subscription.close()
+
+
+class _Subscription:
+    CLOSE_SECONDS = 5.0
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._queue: deque[Event] = deque(maxlen=QUEUE_EVENTS)
+        self._ready = threading.Condition()
+        self._sequence = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._deliver, name="kvpool-events", daemon=True)
+        self._thread.start()
+
+    def put(self, what: BlockStored | BlockRemoved) -> None:
+        with self._ready:
+            self._queue.append(Event(self._sequence, what))
+            self._sequence += 1
+            self._ready.notify()
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(self.CLOSE_SECONDS)
+
+    def _deliver(self) -> None:
+        while True:
+            with self._ready:
+                while not self._queue and not self._closed:
+                    self._ready.wait()
+                if not self._queue:
+                    return
+                event = self._queue.popleft()
+            try:
+                self._listener(event)
+            except Exception:  # a listener's fault is its own
+                _log.exception("a listener of pool events failed at event %d", event.sequence)

@@ -1,0 +1,123 @@
+"""Says of each block of a prompt where it is, or why it was a miss. Reads only."""
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+
+from kvpool.blocks.identity import BlockKey, ModelIdentity
+from kvpool.pool.engine import Tenants
+from kvpool.pool.results import BlockReport, Verdict
+from kvpool.pool.ssd_store import SsdStore
+from kvpool.prefix.history import Fate, Loss
+from kvpool.prefix.index import LEVEL_NAMES, PrefixIndex
+from kvpool.prefix.looking import levels_of
+from kvpool.prefix.node import SSD
+from kvpool.prefix.tree import Extras, TreeId
+from kvpool.resilience import BreakerState
+from kvpool.tiers.tier import TierName
+
+_WHY = {
+    Loss.EVICTED: (Verdict.EVICTED, "evicted from {tier} by the policy"),
+    Loss.ORPHANED: (Verdict.ORPHANED, "went from {tier} with a block before it, without which it cannot be matched"),
+    Loss.CORRUPT: (Verdict.CORRUPT, "its record on {tier} was damaged, and was dropped"),
+    Loss.SEGMENT_FREED: (Verdict.SSD_SEGMENT_FREED, "its {tier} segment was freed to make room"),
+    Loss.REFUSED: (Verdict.REFUSED, "not stored: no room in {tier}, everything there was leased"),
+    Loss.INDEX_FULL: (Verdict.INDEX_FULL, "forgotten, since the prefix index reached ram.indexBytes"),
+    Loss.ERASED: (Verdict.ERASED, "its tenant was erased"),
+}
+
+
+class Explainer:
+    """Answers `Model.explain`. `models` are the identities that this pool knows."""
+
+    def __init__(
+        self,
+        index: PrefixIndex,
+        tenants: Tenants,
+        store: SsdStore,
+        models: Callable[[], Iterable[ModelIdentity]],
+        opened_at_s: float,
+    ) -> None:
+        self._index = index
+        self._tenants = tenants
+        self._store = store
+        self._models = models
+        self._opened_at_s = opened_at_s
+
+    def explain(self, identity: ModelIdentity, tokens: bytes, tenant: str, extras: Extras | None) -> list[BlockReport]:
+        """One report for each whole block of `tokens`."""
+        tree_id = self._tenants.tree_id(identity.fingerprint, tenant)
+        keys = self._tenants.chain(tree_id).keys(tokens, identity.layout.token_bytes, extras)
+        levels = self._levels(tree_id, tokens, extras, len(keys))
+        first_hole = next((index for index, held in enumerate(levels) if not held), len(levels))
+        erased = self._keys_before_erasure(identity, tree_id, tokens, extras)
+        others = self._held_by_others(identity, tenant, tokens, extras, len(keys)) if first_hole < len(keys) else {}
+        reports = []
+        for index, (key, held) in enumerate(zip(keys, levels, strict=True)):
+            tiers = tuple(TierName(LEVEL_NAMES[level]) for level in held)
+            if held:
+                verdict, at_s, detail = self._held(index, held, tiers, first_hole)
+            else:
+                fate = self._index.history.fate(key) or (self._index.history.fate(erased[index]) if erased else None)
+                verdict, at_s, detail = self._lost(fate, others.get(index), tree_id.epoch)
+            reports.append(BlockReport(index, key, tiers, verdict, at_s, detail))
+        return reports
+
+    def _levels(self, tree_id: TreeId, tokens: bytes, extras: Extras | None, total: int) -> list[list[int]]:
+        tree = self._index.tree(tree_id)
+        return [[] for _ in range(total)] if tree is None else levels_of(self._index, tree, tokens, extras)
+
+    def _held(
+        self, index: int, held: list[int], tiers: tuple[TierName, ...], first_hole: int
+    ) -> tuple[Verdict, float | None, str]:
+        where = " and ".join(tiers)
+        if index > first_hole:
+            return Verdict.UNREACHABLE, None, f"in {where}, but block {first_hole} before it is missing"
+        if held == [SSD] and self._store.reads.state is not BreakerState.CLOSED:
+            return Verdict.TIER_DOWN, None, f"in {where} only, which is out: {self._store.last_error}"
+        return Verdict.HELD, None, f"in {where}"
+
+    def _lost(self, fate: Fate | None, other: str | None, epoch: int) -> tuple[Verdict, float | None, str]:
+        if fate is not None:
+            verdict, why = _WHY[fate.loss]
+            return verdict, fate.at_s, f"{why.format(tier=fate.tier)} at {_time(fate.at_s)}"
+        if other is not None:
+            return Verdict.OTHER_FINGERPRINT, None, f"never stored for these weights; held for {other}"
+        since = self._index.history.complete_since_s
+        since = self._opened_at_s if since is None else since
+        erased = f", or erased with its tenant (epoch {epoch})" if epoch else ""
+        if since == 0:
+            return Verdict.NEVER_STORED, None, f"never stored{erased}"
+        return Verdict.UNKNOWN, None, f"not stored since {_time(since)}, and not known from before{erased}"
+
+    def _keys_before_erasure(
+        self, identity: ModelIdentity, tree_id: TreeId, tokens: bytes, extras: Extras | None
+    ) -> list[BlockKey]:
+        """The keys that these blocks had before their tenant was erased last; none if it never was."""
+        if not tree_id.epoch:
+            return []
+        before = self._tenants.chain(tree_id._replace(epoch=tree_id.epoch - 1))
+        return before.keys(tokens, identity.layout.token_bytes, extras)
+
+    def _held_by_others(
+        self, identity: ModelIdentity, tenant: str, tokens: bytes, extras: Extras | None, total: int
+    ) -> dict[int, str]:
+        """For blocks that another model of this name holds: which one that is."""
+        found: dict[int, str] = {}
+        for other in self._models():
+            alike = other.layout.block_tokens == identity.layout.block_tokens
+            if other.name != identity.name or other.fingerprint == identity.fingerprint or not alike:
+                continue
+            tree_id = self._tenants.tree_id(other.fingerprint, tenant)
+            for index, held in enumerate(self._levels(tree_id, tokens, extras, total)):
+                if held:
+                    found.setdefault(index, _difference(identity, other))
+        return found
+
+
+def _difference(ours: ModelIdentity, theirs: ModelIdentity) -> str:
+    names = [name for name in ours.__slots__ if name != "fingerprint" and getattr(ours, name) != getattr(theirs, name)]
+    return f"fingerprint {theirs.fingerprint.hex()[:12]}, which differs in {', '.join(names)}"
+
+
+def _time(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")

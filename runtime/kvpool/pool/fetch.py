@@ -1,0 +1,184 @@
+"""Brings the blocks of one lease that lie on SSD alone into RAM, ahead of the copy that waits for them.
+
+A fetch keeps a window of reads in flight. Where RAM is full of leased blocks, it goes on with the slots that it has: a
+block is then delivered and not kept. It ends early, without an error, where a record is bad or the tier stalls.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvpool.pool.copies import Copies
+from kvpool.pool.memory import Memory
+from kvpool.pool.reading import UNREADABLE, Readers, ReadJob
+from kvpool.pool.ssd_store import SsdStore
+from kvpool.prefix.heads import pinned_heads
+from kvpool.prefix.history import Loss
+from kvpool.prefix.index import Pin, PrefixIndex
+from kvpool.prefix.node import RAM, SSD
+
+JOB_BYTES = 4 << 20
+JOB_BLOCKS = 32
+WINDOW_BYTES = 32 << 20
+
+
+class Batch(NamedTuple):
+    """Consecutive blocks that one job reads: from block `first` on, `places` on SSD."""
+
+    first: int
+    places: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchParts:
+    """What a fetch works with; one for all."""
+
+    index: PrefixIndex
+    memory: Memory
+    copies: Copies
+    store: SsdStore
+    readers: Readers
+
+
+@dataclass(slots=True)
+class Fetch:
+    """Reads the batches of one load. Used by one thread; `close` ends it, whatever has happened."""
+
+    parts: FetchParts
+    pin: Pin
+    payload_bytes: int
+    record_bytes: int
+    budget_s: float
+    window_bytes: int
+    _todo: deque[Batch]
+    _flying: deque[tuple[Batch, ReadJob]] = field(default_factory=deque)
+    _current: tuple[Batch, ReadJob] | None = None
+    _spare: list[int] = field(default_factory=list)
+    _starved: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        parts: FetchParts,
+        pin: Pin,
+        batches: Sequence[Batch],
+        *,
+        payload_bytes: int,
+        record_bytes: int,
+        budget_s: float,
+        window_bytes: int,
+    ) -> Fetch:
+        """Start to read `batches`, at most `window_bytes` ahead of `slot`, one batch at least."""
+        fetch = cls(parts, pin, payload_bytes, record_bytes, budget_s, window_bytes, deque(batches))
+        fetch._submit()
+        return fetch
+
+    def slot(self, block: int) -> int | None:
+        """The RAM slot that holds this block, verified; None where it is not to be had. Blocks are asked for in order.
+
+        The slot is good until the next call.
+        """
+        if self._current is None or block >= self._current[0].first + len(self._current[0].places):
+            self._finish_current()
+            if not self._next(block):
+                return None
+        assert self._current is not None
+        batch, job = self._current
+        at = block - batch.first
+        fault = job.faults[at]
+        if fault is None:
+            return job.slots[at]
+        self._lose(block, batch.places[at], fault)
+        return None
+
+    def close(self) -> None:
+        """Keep what was read and verified, give up what was not."""
+        self._finish_current()
+        while self._flying:
+            _, job = self._flying.popleft()
+            if job.abandon():
+                self._spare += job.slots
+        self.parts.memory.free(self._spare)
+        self._spare = []
+
+    def _next(self, block: int) -> bool:
+        self._submit()
+        if not self._flying or self._flying[0][0].first != block:  # no slot to be had, or the record went meanwhile
+            return False
+        batch, job = self._flying[0]
+        if not self.parts.readers.wait(job, self.budget_s):
+            self.parts.store.stalled(self.budget_s)
+            return False
+        self._flying.popleft()
+        self._current = batch, job
+        self._submit()
+        return True
+
+    def _submit(self) -> None:
+        """Start reads while the window and the slots allow that."""
+        flying_bytes = sum(job.nbytes for _, job in self._flying)
+        while self._todo and (not self._flying or flying_bytes < self.window_bytes):
+            batch = self._todo[0]
+            slots = self._slots(len(batch.places))
+            if not slots:
+                return
+            self._todo.popleft()
+            if len(slots) < len(batch.places):
+                self._todo.appendleft(Batch(batch.first + len(slots), batch.places[len(slots) :]))
+                batch = Batch(batch.first, batch.places[: len(slots)])
+            heads = pinned_heads(
+                self.parts.index, self.pin, batch.first, len(slots), payload_bytes=self.payload_bytes
+            )  # fmt: skip
+            job = ReadJob(batch.places, slots, heads)
+            flying_bytes += job.nbytes
+            self._flying.append((batch, job))
+            self.parts.readers.submit(job)
+
+    def _slots(self, count: int) -> list[int]:
+        slots, self._spare = self._spare[:count], self._spare[count:]
+        if len(slots) < count and not self._starved:
+            slots += self.parts.memory.allocate(self.record_bytes, count - len(slots))
+            self._starved = len(slots) < count
+        return slots
+
+    def _finish_current(self) -> None:
+        """The blocks of the current batch were delivered: keep them in RAM, or reuse their slots where RAM is full."""
+        if self._current is None:
+            return
+        batch, job = self._current
+        self._current = None
+        good = next((at for at, fault in enumerate(job.faults) if fault is not None), len(job.slots))
+        kept = 0 if self._starved and self._todo else good
+        refused = self.parts.index.fill(self.pin, batch.first, RAM, job.slots[:kept])
+        self._spare += refused + job.slots[kept:]
+        if not self._todo:
+            self.parts.memory.free(self._spare)
+            self._spare = []
+
+    def _lose(self, block: int, place: int, fault: str) -> None:
+        """A record is bad: it is forgotten. One that could not be read for a tier that is out is not to blame."""
+        if fault == UNREADABLE and self.parts.store.degraded:
+            return
+        self.parts.store.count_corrupt(fault, place)
+        self.parts.copies.release(self.parts.index.lose(self.pin, block, SSD, place, Loss.CORRUPT))
+
+
+def plan(in_ram: Sequence[int], on_ssd: Sequence[int], record_bytes: int) -> list[Batch]:
+    """Cut the blocks that are on SSD and not in RAM into batches, each of consecutive blocks and some 4 MiB."""
+    most = max(1, min(JOB_BLOCKS, JOB_BYTES // record_bytes))
+    batches: list[Batch] = []
+    first, run = 0, list[int]()
+    for block, (ram, ssd) in enumerate(zip(in_ram, on_ssd, strict=True)):
+        if run and (ram >= 0 or ssd < 0 or len(run) == most):
+            batches.append(Batch(first, run))
+            run = []
+        if ram < 0 <= ssd:
+            if not run:
+                first = block
+            run.append(ssd)
+    if run:
+        batches.append(Batch(first, run))
+    return batches

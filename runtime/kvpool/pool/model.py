@@ -1,0 +1,274 @@
+"""One model of a pool: its prompts are matched, stored and explained here."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from kvpool.blocks.identity import BlockKey, ModelIdentity, checked_extra_keys
+from kvpool.blocks.layout import PAGE_BYTES, KVLayout
+from kvpool.blocks.tokens import Tokens, token_bytes
+from kvpool.blocks.transfer import BlockSource
+from kvpool.errors import InputError
+from kvpool.pool.engine import Engine
+from kvpool.pool.events import BlockStored
+from kvpool.pool.explain import Explainer
+from kvpool.pool.fetch import WINDOW_BYTES, Fetch, plan
+from kvpool.pool.lease import Lease
+from kvpool.pool.results import BlockReport, Refusal, StoreResult
+from kvpool.prefix.heads import pinned_keys
+from kvpool.prefix.history import Loss
+from kvpool.prefix.index import BATCH_BLOCKS, Pin
+from kvpool.prefix.node import RAM
+from kvpool.prefix.tree import Extras, PrefixTree
+from kvpool.resilience import BreakerState
+from kvpool.tiers.tier import TierName
+
+MAX_KNOWN_TENANTS = 10_000
+"""Tenants whose tree a model keeps at hand; beyond it is looked up anew."""
+STORE_BATCH_BYTES = 16 << 20
+REMEMBERED_REFUSALS = 256
+"""Refused blocks of one store that `explain` will know about."""
+_RATE_WEIGHT = 0.3
+"""How much the latest measured prefill counts."""
+
+
+class Model:
+    """Made by `Pool.register`. Every method may be called from any thread."""
+
+    def __init__(
+        self, engine: Engine, identity: ModelIdentity, explainer: Explainer, *, prefill_tokens_per_second: float | None
+    ) -> None:
+        self.engine = engine
+        self.identity = identity
+        self.name = identity.name
+        self.layout: KVLayout = identity.layout
+        self.saved_prefill_seconds = 0.0
+        self._explainer = explainer
+        self._token_bytes = self.layout.token_bytes
+        self._prefill_rate = prefill_tokens_per_second
+        self._measured = False
+        self._rate_lock = threading.Lock()
+        self._trees: dict[str, PrefixTree] = {}
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Tokens per second that the engine computes: measured, else as configured, else None."""
+        return self._prefill_rate
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell how long the engine took to compute `tokens` that were not loaded; recent measurements count more."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        with self._rate_lock:
+            rate = tokens / seconds
+            if self._measured and self._prefill_rate is not None:
+                rate = _RATE_WEIGHT * rate + (1 - _RATE_WEIGHT) * self._prefill_rate
+            self._prefill_rate, self._measured = rate, True
+
+    def match(self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None) -> Lease:
+        """Lease the longest prefix of `tokens`, in whole blocks, that RAM and SSD hold for this tenant. Never waits.
+
+        `extra_keys` says what token ids do not: for a block's index, a digest of the images, audio or embeddings whose
+        placeholders are among its tokens; they must be the same when it is stored. Raises `InputError` for what is no
+        sequence of int32 ids, and `PoolClosedError`.
+        """
+        engine = self.engine
+        if engine.gate.is_shut:
+            engine.gate.check()
+        packed = tokens if type(tokens) is bytes and not len(tokens) & 3 else token_bytes(tokens)
+        tree = self._trees.get(tenant)
+        if tree is None:
+            tree = self._tree(tenant)
+        extras = checked_extra_keys(extra_keys) if extra_keys else None
+        pin = engine.index.match(tree, packed, extras, None, asked=len(packed) // self._token_bytes)
+        if pin.depth:
+            store = engine.store
+            if store.reads.state is not BreakerState.CLOSED:
+                self._shorten_to_ram(pin)
+            if pin.node.save_to < pin.depth and store.writable:
+                engine.writer.want(pin, pin.depth)
+        return Lease(self, pin)
+
+    def store(
+        self,
+        tokens: Tokens,
+        source: BlockSource,
+        *,
+        tenant: str = "default",
+        extra_keys: Mapping[int, bytes] | None = None,
+    ) -> StoreResult:
+        """Keep the whole blocks of `tokens` that are not there yet; `source` is asked for those, in order.
+
+        Returns once they are in RAM: writing them further down happens behind. A block that finds no room, since
+        everything is leased, ends the store: what was stored before stays. What the source raises ends it as well, and
+        reaches the caller. Raises `InputError` and `PoolClosedError` as `match` does.
+        """
+        packed = token_bytes(tokens)
+        extras = checked_extra_keys(extra_keys) if extra_keys else None
+        engine = self.engine
+        with engine.gate:
+            tree = self._trees.get(tenant) or self._tree(tenant)
+            pin = engine.index.match(tree, packed, extras)
+            already = pin.depth
+            total = len(packed) // self._token_bytes
+            try:
+                stored, refusal = self._store_after(pin, packed, source, extras, total)
+                already += pin.depth - already - stored
+                refused = {refusal: total - pin.depth} if refusal else {}
+                if refusal:
+                    self._note_refused(pin, packed, extras, total)
+            finally:
+                engine.index.unpin(pin)
+        engine.traffic.count_store(stored, already, refused, self.layout.record_bytes)
+        return StoreResult(stored, already, refused)
+
+    def explain(
+        self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None
+    ) -> list[BlockReport]:
+        """Say of every whole block of `tokens` where it is, or why it is not. Changes nothing, not even ages."""
+        self.engine.gate.check()
+        extras = checked_extra_keys(extra_keys) if extra_keys else None
+        return self._explainer.explain(self.identity, token_bytes(tokens), tenant, extras)
+
+    # -- for the lease -------------------------------------------------------------------------------------------------
+
+    def fetch(self, pin: Pin, in_ram: Sequence[int], on_ssd: Sequence[int]) -> Fetch | None:
+        """What brings the blocks that are not in RAM; None where SSD is out, or slower than computing them."""
+        engine = self.engine
+        record_bytes = self.layout.record_bytes
+        batches = plan(in_ram, on_ssd, record_bytes)
+        blocks = sum(len(batch.places) for batch in batches)
+        if not blocks or engine.store.reads.state is not BreakerState.CLOSED:
+            return None
+        tokens = blocks * self.layout.block_tokens
+        if not engine.store.costs.worth_asking(blocks * record_bytes, tokens, self._prefill_rate):
+            engine.traffic.count_skipped(blocks)
+            return None
+        return Fetch.begin(
+            engine.fetch_parts,
+            pin,
+            batches,
+            payload_bytes=self.layout.payload_bytes,
+            record_bytes=record_bytes,
+            budget_s=engine.settings.ssd_budget_s,
+            window_bytes=WINDOW_BYTES if engine.settings.read_ahead else 0,
+        )
+
+    def count_loaded(self, matched: int, served: Counter[TierName]) -> None:
+        """A lease was loaded: `served` blocks of the `matched` ones arrived."""
+        arrived = served.total()
+        self.engine.traffic.count_load(served, self.layout.record_bytes, short=arrived < matched)
+        if self._prefill_rate:
+            with self._rate_lock:
+                self.saved_prefill_seconds += arrived * self.layout.block_tokens / self._prefill_rate
+
+    # -- for the pool --------------------------------------------------------------------------------------------------
+
+    def use_rate(self, prefill_tokens_per_second: float | None) -> None:
+        """Take the configured prefill rate, unless one was measured."""
+        with self._rate_lock:
+            if not self._measured:
+                self._prefill_rate = prefill_tokens_per_second
+
+    def forget_trees(self) -> None:
+        """Look the tenants' trees up anew: some were erased. Call with the tenants' lock held."""
+        self._trees = {}
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _tree(self, tenant: str) -> PrefixTree:
+        if not isinstance(tenant, str) or not tenant:
+            raise InputError(f"tenant is {tenant!r}; it must be a name that is not empty")
+        tenants = self.engine.tenants
+        with tenants.lock:
+            tree = tenants.tree(
+                tenants.tree_id(self.identity.fingerprint, tenant),
+                token_bytes=self._token_bytes,
+                record_bytes=self.layout.record_bytes,
+            )
+            if len(self._trees) >= MAX_KNOWN_TENANTS:
+                self._trees = {}
+            self._trees[tenant] = tree
+            return tree
+
+    def _shorten_to_ram(self, pin: Pin) -> None:
+        """SSD is out: promise only what does not need it."""
+        in_ram = self.engine.index.places(pin, RAM)
+        if -1 in in_ram:
+            self.engine.index.shorten(pin, in_ram.index(-1))
+
+    def _store_after(
+        self, pin: Pin, packed: bytes, source: BlockSource, extras: Extras | None, total: int
+    ) -> tuple[int, Refusal | None]:
+        """Store what follows the pin, batch by batch; the blocks stored, and why it ended early if it did."""
+        record_bytes = self.layout.record_bytes
+        most = max(1, min(BATCH_BLOCKS, STORE_BATCH_BYTES // record_bytes))
+        stored = 0
+        while pin.depth < total:
+            count = min(most, total - pin.depth)
+            slots = self.engine.memory.allocate(record_bytes, count)
+            if not slots:
+                return stored, Refusal.NO_ROOM
+            self._fill(slots, pin.depth, source)
+            first = pin.depth
+            refused = self.engine.index.attach(pin, packed, RAM, slots, extras)
+            self.engine.memory.free(refused)
+            if pin.tree.erased:
+                return stored, Refusal.ERASED
+            stored += len(slots) - len(refused)
+            self._after_attach(pin, first)
+            if self.engine.index.over_limit and not self._shrink_index():
+                return stored, Refusal.INDEX_FULL
+        return stored, None
+
+    def _fill(self, slots: list[int], first: int, source: BlockSource) -> None:
+        """Have the source write payloads into slots; they are freed if it fails."""
+        record, end = self.engine.memory.ram.record, PAGE_BYTES + self.layout.payload_bytes
+        try:
+            for block, slot in enumerate(slots, first):
+                source.read_block(block, record(slot)[PAGE_BYTES:end])
+        except BaseException:
+            self.engine.memory.free(slots)
+            raise
+
+    def _after_attach(self, pin: Pin, first: int) -> None:
+        engine = self.engine
+        if engine.store.writable and (not engine.settings.second_hit or self._seen_before(pin)):
+            engine.writer.want(pin, pin.depth)
+        if engine.events.active:
+            parent, *keys = pinned_keys(engine.index, pin, first)
+            size = self._token_bytes
+            with engine.index.lock:
+                tokens = b"".join(node.tokens for node in engine.index.path(pin))[first * size : pin.depth * size]
+            engine.events.publish(
+                BlockStored(
+                    tuple(keys), parent, tokens, self.layout.block_tokens, self.identity.fingerprint, TierName.RAM
+                )
+            )
+
+    def _seen_before(self, pin: Pin) -> bool:
+        """Whether the last block was here once and was lost: storing it again is its second hit."""
+        return pin.key is not None and self.engine.index.history.fate(pin.key) is not None
+
+    def _shrink_index(self) -> bool:
+        """Forget blocks until the index is within its limit; False where leases forbid that."""
+        index = self.engine.index
+        while index.over_limit:
+            gone = index.shrink()
+            if not gone:
+                return False
+            self.engine.copies.release(gone)
+        return True
+
+    def _note_refused(self, pin: Pin, packed: bytes, extras: Extras | None, total: int) -> None:
+        """So that `explain` can say it."""
+        index, tree = self.engine.index, pin.tree
+        until = min(total, pin.depth + REMEMBERED_REFUSALS)
+        run = packed[pin.depth * self._token_bytes : until * self._token_bytes]
+        with index.lock:
+            parent = pin.key or tree.key_before(index._settled(pin), pin.depth)
+        keys = tree.keys_after(parent, pin.depth, run, extras)
+        found = [BlockKey(keys[at : at + 16]) for at in range(0, len(keys), 16)]
+        index.note_lost(found, Loss.REFUSED, RAM)

@@ -1,0 +1,308 @@
+"""The pool: what a user of the library opens, registers models with, and closes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from kvpool.api import KVCachePool
+from kvpool.blocks.identity import Fingerprint, ModelIdentity, TenantDigest
+from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config
+from kvpool.errors import InputError
+from kvpool.pool.assembly import assemble, live_settings, notices, sharing_rules
+from kvpool.pool.chores import Chores
+from kvpool.pool.directory import PoolDirectory
+from kvpool.pool.engine import Engine
+from kvpool.pool.events import Event
+from kvpool.pool.explain import Explainer
+from kvpool.pool.history_file import load_history, save_history
+from kvpool.pool.housekeeping import Housekeeper
+from kvpool.pool.model import Model
+from kvpool.pool.registry import Registry
+from kvpool.pool.restoring import restore_from
+from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport
+from kvpool.pool.snapshot import snapshot
+from kvpool.pool.stats import PoolStats
+from kvpool.prefix.index import LEVEL_NAMES
+from kvpool.resilience import Degradation
+from kvpool.tiers.ssd.disk import Disk
+from kvpool.tiers.tier import TierName
+
+CLOSE_DEADLINE_S = 30.0
+"""How long closing may write what is in RAM down to SSD."""
+_THREAD_DEADLINE_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Pool:
+    """A cache of keys and values in tiers, for any number of models and tenants. Made by `open`; a context manager.
+
+    Every method may be called from any thread. Faults of a tier are never raised: they are misses, and show in `stats`.
+    """
+
+    def __init__(self, config: RuntimeConfig, directory: PoolDirectory, disk: Disk | None = None) -> None:
+        """Use `Pool.open`."""
+        self.config = config
+        self.directory = directory.path
+        self.notices = notices(config)
+        """What the configuration asks for and this version does not do, a sentence each."""
+        self._directory = directory
+        self._registry = Registry.load(directory.path)
+        self._models: dict[Fingerprint, Model] = {}
+        self._payload_bytes = {known.fingerprint: known.layout.payload_bytes for known in self._registry.known()}
+        self._models_lock = threading.Lock()
+        history, history_since_s = load_history(directory.history, is_new=directory.is_new)
+        self._housekeeper = Housekeeper()
+        self._engine: Engine = assemble(
+            config,
+            directory,
+            history,
+            payload_bytes_of=self._payload_bytes.get,
+            wake=self._housekeeper.wake,
+            disk=disk,
+        )
+        self._explainer = Explainer(
+            self._engine.index, self._engine.tenants, self._engine.store, self._registry.known, history_since_s
+        )
+        self._chores = Chores(self._engine, self._payload_bytes.get)
+
+    @classmethod
+    def open(
+        cls,
+        config: RuntimeConfig | KVCachePool | Path | str,
+        *,
+        directory: Path | None = None,
+        disk: Disk | None = None,
+    ) -> Pool:
+        """Open the pool of this configuration: one in memory, or the file of one, or of a `KVCachePool`.
+
+        Its directory is `directory`, or what the configuration says, or a place of its own below the user's data
+        directory. What lies there on SSD is found again. An ssd tier that cannot be used now (a full or failing disk)
+        is left out and tried again. `disk` are the ssd tier's system calls, for those who want to see them fail. Raises
+        `ConfigError`; `DirectoryInUseError`, which names the process that has the pool open; `IncompatibleDataError`
+        for a newer program's directory.
+        """
+        resolved = _resolved(config)
+        held = PoolDirectory.open(directory or resolved.directory or default_directory(resolved.name))
+        try:
+            pool = cls(resolved, held, disk)
+        except BaseException:
+            held.close()
+            raise
+        try:
+            pool._start()
+        except BaseException:
+            pool.close(deadline_s=0)
+            raise
+        return pool
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def register(self, spec: ModelSpec) -> Model:
+        """Return the model of this identity, made if need be, and remembered by name in the pool's directory.
+
+        Raises `InputError` where its blocks are not of the size that the pool is configured for, or too large for RAM.
+        """
+        identity = spec.identity
+        self._engine.gate.check()
+        self._check_layout(identity)
+        with self._models_lock:
+            known = self._models.get(identity.fingerprint)
+            if known is not None:
+                return known
+            self._registry.remember(identity)
+            return self._add_model(identity, spec.prefill_tokens_per_second)
+
+    def model(self, name: str) -> Model:
+        """Return the model of this name that was registered last, by this process or an earlier one.
+
+        Raises `InputError` that says which names are known.
+        """
+        self._engine.gate.check()
+        identities = self._registry.by_name(name)
+        if not identities:
+            names = sorted({identity.name for identity in self._registry.known()})
+            known = f"known are {', '.join(names)}" if names else "none was ever registered here"
+            raise InputError(f"model {name!r} is not known to the pool in {self.directory}; {known}")
+        with self._models_lock:
+            known_model = self._models.get(identities[0].fingerprint)
+            return known_model or self._add_model(identities[0], None)
+
+    def models(self) -> list[Model]:
+        """The models that this process uses."""
+        with self._models_lock:
+            return list(self._models.values())
+
+    def known_models(self) -> list[ModelIdentity]:
+        """Every model that the directory remembers, the one registered last first."""
+        return self._registry.known()
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of all counters."""
+        return snapshot(self.config.name, self._engine, self.models(), self.degradations())
+
+    def degradations(self) -> frozenset[Degradation]:
+        """What is out of that which the configuration asks for."""
+        return frozenset({Degradation.NO_SSD} if self._engine.store.degraded else ())
+
+    def erase(self, *, tenant: str) -> EraseReport:
+        """See that nothing which this tenant has stored can be matched any more, from before this call returns.
+
+        Its epoch is raised, durably, before anything else; then its blocks are given back in every tier, but those that
+        are being read now: they go when their leases end. Raises `InputError` where tenants share one scope, and
+        `OSError` where the new epoch cannot be made durable; nothing is erased then.
+        """
+        tenants = self._engine.tenants
+        if tenants.shared:
+            raise InputError(
+                "sharing.scope is pool: all tenants' blocks are one, so one tenant's cannot be erased; "
+                "use scope tenant, or a new directory"
+            )
+        if not tenant:
+            raise InputError("tenant is empty; name the tenant to erase")
+        with self._engine.gate:
+            digest = tenants.digest(tenant)
+            with tenants.lock:
+                epoch = tenants.epochs.raise_epoch(digest)
+                for tree in [tree for tree_id, tree in self._engine.index.trees.items() if tree_id.tenant == digest]:
+                    self._engine.index.erase(tree)
+                for model in self.models():
+                    model.forget_trees()
+            return self._bury(digest, epoch)
+
+    def reload(self, config: RuntimeConfig) -> ReloadReport:
+        """Take over what of `config` can change while the pool is open; the report names what cannot."""
+        self._engine.gate.check()
+        found = changes(self.config, config)
+        live = [change.path for change in found if change.live]
+        fixed = [change.path for change in found if not change.live]
+        self._apply(config, fixed)
+        return ReloadReport(applied=tuple(live), needs_restart=tuple(fixed))
+
+    def flush(self, deadline_s: float | None = None) -> bool:
+        """Wait until all that is wanted on SSD is there; False at the deadline."""
+        self._engine.gate.check()
+        return self._engine.writer.flush(deadline_s)
+
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `listener`, on a thread of its own, with every block stored or removed; returns what ends that."""
+        self._engine.gate.check()
+        self._engine.index.report_keys = True
+        return self._engine.events.subscribe(listener)
+
+    def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+        """Write what is in RAM down to SSD, for at most `deadline_s`, and give everything back.
+
+        Leases that are still open raise `PoolClosedError` from now on. An operation in flight ends first. Calling it
+        again does nothing.
+        """
+        engine = self._engine
+        if not engine.gate.shut():
+            return
+        engine.gate.wait_empty(_THREAD_DEADLINE_S)
+        self._housekeeper.close(_THREAD_DEADLINE_S)
+        if deadline_s > 0 and engine.store.writable:
+            engine.writer.want_everything()
+            if not engine.writer.flush(deadline_s):
+                _log.warning("closing: %d edges were not written to ssd in time", engine.writer.queued)
+        stopped = engine.writer.close(_THREAD_DEADLINE_S)
+        stopped &= engine.readers.close(_THREAD_DEADLINE_S)
+        save_history(self._directory.history, engine.index)
+        if engine.store.tier is not None:
+            _within(_THREAD_DEADLINE_S if stopped else 0.1, engine.store.tier.close)
+        engine.events.close()
+        engine.ram.close()
+        self._directory.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        tier = self._engine.store.reopen()
+        if tier is not None:
+            restore_from(self._engine, tier)
+        for notice in self.notices:
+            _log.warning("%s", notice)
+        self._housekeeper.start(self._chores.all())
+
+    def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
+        if prefill_tokens_per_second is None:
+            named = [model for model in self.config.models if model.name == identity.name]
+            prefill_tokens_per_second = named[0].prefill_tokens_per_second if named else None
+        self._payload_bytes[identity.fingerprint] = identity.layout.payload_bytes
+        model = Model(
+            self._engine, identity, self._explainer, prefill_tokens_per_second=prefill_tokens_per_second
+        )  # fmt: skip
+        self._models[identity.fingerprint] = model
+        return model
+
+    def _check_layout(self, identity: ModelIdentity) -> None:
+        layout = identity.layout
+        if layout.block_tokens != self.config.block_tokens:
+            raise InputError(
+                f"model {identity.name!r} has blocks of {layout.block_tokens} tokens; this pool's blockTokens is "
+                f"{self.config.block_tokens}: make the layout with block_tokens={self.config.block_tokens}"
+            )
+        if layout.record_bytes > self._engine.ram.capacity_bytes:
+            raise InputError(
+                f"a block of model {identity.name!r} takes {layout.record_bytes} bytes; tiers.ram.capacity is "
+                f"{self._engine.ram.capacity_bytes}: raise it, or lower blockTokens"
+            )
+
+    def _bury(self, digest: TenantDigest, epoch: int) -> EraseReport:
+        engine = self._engine
+        blocks = dict.fromkeys((TierName.RAM, TierName.SSD), 0)
+        nbytes = dict(blocks)
+        while gone := engine.index.bury():
+            engine.copies.release(gone)
+            for copy in gone:
+                tier = TierName(LEVEL_NAMES[copy.level])
+                blocks[tier] += 1
+                nbytes[tier] += copy.record_bytes
+        with engine.index.lock:
+            trees = [tree for tree in engine.index.buried_trees() if tree.id.tenant == digest]
+            leased = sum(node.blocks for tree in trees for node in tree.nodes())
+        return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
+
+    def _apply(self, config: RuntimeConfig, fixed: list[str]) -> None:
+        """Keep what is fixed; the rest of the new configuration holds from now on."""
+        engine = self._engine
+        engine.settings = live_settings(config)
+        engine.index.sharing = sharing_rules(config)
+        engine.index.limit_bytes = config.ram.index_bytes
+        if config.ram.capacity_bytes != engine.ram.capacity_bytes:
+            self._chores.leaving = engine.ram.resize(config.ram.capacity_bytes)
+        tier = engine.store.tier
+        if tier is not None and config.ssd is not None:
+            tier.set_daily_write_bytes(config.ssd.daily_write_bytes)
+            if config.ssd.capacity_bytes != tier.capacity_bytes:
+                tier.resize(config.ssd.capacity_bytes)
+        rates = {model.name: model.prefill_tokens_per_second for model in config.models}
+        for model in self.models():
+            if model.name in rates:
+                model.use_rate(rates[model.name])
+        self.config = config if not fixed else self.config
+        engine.wake()
+
+
+def _resolved(config: RuntimeConfig | KVCachePool | Path | str) -> RuntimeConfig:
+    if isinstance(config, RuntimeConfig):
+        return config
+    return runtime_config(config) if isinstance(config, KVCachePool) else load_config(Path(config))
+
+
+def _within(timeout_s: float, act: Callable[[], None]) -> None:
+    """Run `act` on a thread of its own, and wait for it no longer than that: a stalled disk must not hold us up."""
+    thread = threading.Thread(target=act, name="kvpool-close", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        _log.warning("closing: the ssd tier does not answer; it is left behind")

@@ -1,0 +1,117 @@
+"""Reads from SSD into RAM slots, on threads of its own, verified there, and given up without harm when they stall.
+
+Ownership: a job's slots are the job's until it is `done` and was not abandoned; then they are its maker's. A job that
+was abandoned frees its slots itself when its read has ended, never before: bytes that arrive late find nobody else
+there.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+from kvpool.blocks.record import CorruptRecordError, Head, open_record
+from kvpool.pool.memory import Memory
+from kvpool.pool.ssd_store import SsdStore
+
+UNREADABLE = "unreadable"
+"""What is said of a record that did not come whole."""
+_log = logging.getLogger(__name__)
+
+
+class ReadJob:
+    """Some records of one chain, to be read side by side into RAM slots."""
+
+    __slots__ = ("_abandoned", "_lock", "done", "faults", "heads", "nbytes", "places", "slots")
+
+    def __init__(self, places: Sequence[int], slots: list[int], heads: Sequence[Head]) -> None:
+        self.places = places
+        self.slots = slots
+        self.heads = heads
+        self.nbytes = sum(head.record_bytes for head in heads)
+        self.faults: list[str | None] = []
+        """Once done, per record: None, or why it is not the one that was asked for."""
+        self.done = threading.Event()
+        self._lock = threading.Lock()
+        self._abandoned = False
+
+    def abandon(self) -> bool:
+        """Want it no more; True when the slots are the caller's to free, for it is done."""
+        with self._lock:
+            self._abandoned = True
+            return self.done.is_set()
+
+    def finish(self, faults: list[str | None]) -> bool:
+        """It has ended; True when the slots are to be freed by who ran it, for nobody wants it."""
+        with self._lock:
+            self.faults = faults
+            self.done.set()
+            return self._abandoned
+
+
+class Readers:
+    """A few threads that run jobs in the order in which they came."""
+
+    def __init__(self, store: SsdStore, memory: Memory, *, threads: int = 2) -> None:
+        self._store = store
+        self._memory = memory
+        self._jobs: queue.SimpleQueue[ReadJob | None] = queue.SimpleQueue()
+        self._count_lock = threading.Lock()
+        self.pending = 0
+        """Jobs that were submitted and have not ended."""
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvpool-read-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: ReadJob) -> None:
+        """Run a job as soon as a thread is free."""
+        with self._count_lock:
+            self.pending += 1
+        self._jobs.put(job)
+
+    def wait(self, job: ReadJob, budget_s: float) -> bool:
+        """Wait for a job; False once no read of the tier has made progress for `budget_s`."""
+        began = self._store.clock()
+        left_s = budget_s
+        while not job.done.wait(left_s):
+            left_s = max(began, self._store.last_progress) + budget_s - self._store.clock()
+            if left_s <= 0:
+                return False
+        return True
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads once the queued jobs have run; False where one is stuck in a read, and is left to it."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            faults: list[str | None] = [UNREADABLE] * len(job.places)
+            try:
+                faults = self._read(job)
+            except Exception:  # the loop's top: a job that fails must still end, and its slots be freed
+                _log.exception("reading %d records from ssd", len(job.places))
+            with self._count_lock:
+                self.pending -= 1
+            if job.finish(faults):
+                self._memory.free(job.slots)
+
+    def _read(self, job: ReadJob) -> list[str | None]:
+        buffers = [self._memory.ram.record(slot) for slot in job.slots]
+        arrived = self._store.read(job.places, buffers)
+        faults: list[str | None] = []
+        for buffer, head, came in zip(buffers, job.heads, arrived, strict=True):
+            if not came:
+                faults.append(UNREADABLE)
+                continue
+            try:
+                open_record(buffer, head)
+                faults.append(None)
+            except CorruptRecordError as error:
+                faults.append(error.reason.value)
+        return faults

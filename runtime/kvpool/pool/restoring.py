@@ -1,0 +1,69 @@
+"""Brings the index back from what lies on SSD when a pool is opened, or when the tier comes back.
+
+Only what can be matched is kept: records of an epoch that was erased since, or whose ancestors are gone, are dropped
+and counted. Each record is verified when it is read, not here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+
+from kvpool.pool.engine import Engine
+from kvpool.prefix.restore import restore
+from kvpool.prefix.tree import TreeId
+from kvpool.tiers.ssd.segment import RecoveredRecord
+from kvpool.tiers.ssd.tier import SsdTier
+
+
+def restore_from(engine: Engine, tier: SsdTier) -> None:
+    """Enter all that `tier` has recovered. Raises `OSError` where adopted epochs cannot be made durable."""
+    started = time.perf_counter()
+    groups = _groups(tier)
+    _settle_epochs(engine, groups)
+    dropped: Counter[str] = Counter()
+    for tree_id, records in groups.items():
+        if tree_id.epoch != engine.tenants.epochs.of(tree_id.tenant):
+            tier.drop([record.place for record in records])
+            dropped["erased"] += len(records)
+        else:
+            engine.restored_blocks += _restore_tree(engine, tier, tree_id, records, dropped)
+    engine.dropped_at_start += dropped + tier.recovery.dropped
+    engine.restore_seconds += time.perf_counter() - started
+    while engine.index.over_limit and (gone := engine.index.shrink()):
+        engine.copies.release(gone)
+
+
+def _groups(tier: SsdTier) -> dict[TreeId, list[RecoveredRecord]]:
+    groups: dict[TreeId, list[RecoveredRecord]] = defaultdict(list)
+    for records in tier.recovered():
+        for record in records:
+            groups[TreeId(record.fingerprint, record.tenant, record.epoch)].append(record)
+    return groups
+
+
+def _settle_epochs(engine: Engine, groups: dict[TreeId, list[RecoveredRecord]]) -> None:
+    """A record of a higher epoch than is known proves that epoch; where erasures are unknown, no record is believed."""
+    epochs = engine.tenants.epochs
+    if not epochs.trusted:
+        epochs.distrust_up_to(max((tree_id.epoch for tree_id in groups), default=0))
+        return
+    for tree_id in groups:
+        epochs.at_least(tree_id.tenant, tree_id.epoch)
+    epochs.save()
+
+
+def _restore_tree(
+    engine: Engine, tier: SsdTier, tree_id: TreeId, records: list[RecoveredRecord], dropped: Counter[str]
+) -> int:
+    token_bytes, record_bytes = len(records[0].tokens), records[0].record_bytes
+    alike = [record for record in records if record.record_bytes == record_bytes]
+    with engine.tenants.lock:
+        tree = engine.tenants.tree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes)
+    restored = restore(engine.index, tree, alike)
+    unlike = [record.place for record in records if record.record_bytes != record_bytes]
+    tier.drop(restored.orphans + restored.duplicates + unlike)
+    dropped["orphan"] += len(restored.orphans)
+    dropped["duplicate"] += len(restored.duplicates)
+    dropped["length"] += len(unlike)
+    return restored.blocks

@@ -1,0 +1,98 @@
+"""Collects the counters of an engine into what `Pool.stats` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvpool.pool.engine import Engine
+from kvpool.pool.model import Model
+from kvpool.pool.stats import IndexStats, ModelStats, PoolStats, RestoreStats, TierStats, WriteBehindStats
+from kvpool.prefix.node import RAM, SSD
+from kvpool.resilience import Degradation, mode
+from kvpool.tiers.tier import TierName
+
+
+def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: Iterable[Degradation]) -> PoolStats:
+    """Return all counters as they are now. Counts of different parts may be of slightly different moments."""
+    index, traffic = engine.index, engine.traffic
+    shared = {TierName.RAM: index.shared_bytes[RAM], TierName.SSD: index.shared_bytes[SSD]}
+    return PoolStats(
+        name=name,
+        mode=mode(degradations),
+        requests=index.matches,
+        asked_blocks=index.asked_blocks,
+        matched_blocks=index.matched_blocks,
+        shared_hit_blocks=index.shared_hits,
+        shared_bytes=shared,
+        saved_prefill_seconds=sum(model.saved_prefill_seconds for model in models),
+        stored_blocks=traffic.stored_blocks,
+        stored_bytes=traffic.stored_bytes,
+        already_there_blocks=traffic.already_there_blocks,
+        refused_blocks=dict(traffic.refused_blocks),
+        short_loads=traffic.short_loads,
+        skipped_slower_blocks=traffic.skipped_slower_blocks,
+        tiers=_tiers(engine),
+        write_behind=_write_behind(engine),
+        index=IndexStats(trees=len(index.trees), blocks=index.blocks, bytes=index.bytes, limit_bytes=index.limit_bytes),
+        restored=RestoreStats(
+            blocks=engine.restored_blocks,
+            seconds=engine.restore_seconds,
+            dropped={reason: count for reason, count in engine.dropped_at_start.items() if count},
+        ),
+        models=tuple(
+            ModelStats(
+                name=model.name,
+                fingerprint=model.identity.fingerprint.hex(),
+                record_bytes=model.layout.record_bytes,
+                prefill_tokens_per_second=model.prefill_tokens_per_second,
+            )
+            for model in models
+        ),
+    )
+
+
+def _tiers(engine: Engine) -> dict[TierName, TierStats]:
+    index, traffic, store = engine.index, engine.traffic, engine.store
+    tiers = {
+        TierName.RAM: TierStats(
+            name=TierName.RAM,
+            available=True,
+            capacity_bytes=engine.ram.capacity_bytes,
+            used_bytes=engine.ram.used_bytes,
+            blocks=index.copies[RAM],
+            block_bytes=index.copy_bytes[RAM],
+            loaded_blocks=traffic.loaded_blocks[TierName.RAM],
+            loaded_bytes=traffic.loaded_bytes[TierName.RAM],
+            corrupt={},
+            last_error="",
+        )
+    }
+    if store.configured:
+        tiers[TierName.SSD] = TierStats(
+            name=TierName.SSD,
+            available=not store.degraded,
+            capacity_bytes=store.tier.capacity_bytes if store.tier else 0,
+            used_bytes=store.tier.used_bytes if store.tier else 0,
+            blocks=index.copies[SSD],
+            block_bytes=index.copy_bytes[SSD],
+            loaded_blocks=traffic.loaded_blocks[TierName.SSD],
+            loaded_bytes=traffic.loaded_bytes[TierName.SSD],
+            corrupt=dict(store.corrupt),
+            last_error=store.last_error,
+        )
+    return tiers
+
+
+def _write_behind(engine: Engine) -> WriteBehindStats:
+    writer, reclaimer, tier = engine.writer, engine.reclaimer, engine.store.tier
+    dropped = {**writer.dropped, "evicted-before": engine.index.unsaved_blocks}
+    return WriteBehindStats(
+        queued_edges=writer.queued,
+        saved_blocks=writer.saved_blocks,
+        saved_bytes=writer.saved_bytes,
+        dropped_blocks={reason: blocks for reason, blocks in dropped.items() if blocks},
+        physical_bytes_written=tier.stats().bytes_written if tier else 0,
+        freed_segments=reclaimer.freed_segments,
+        rewritten_blocks=reclaimer.rewritten_blocks,
+        rewritten_bytes=reclaimer.rewritten_bytes,
+    )

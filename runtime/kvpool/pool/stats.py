@@ -1,0 +1,107 @@
+"""What `Pool.stats` returns: a snapshot, made when it is asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvpool.pool.results import Refusal
+from kvpool.tiers.tier import TierName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """One tier. `used_bytes` is what it occupies, overhead included; `blocks` and `block_bytes` what it holds."""
+
+    name: TierName
+    available: bool
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    block_bytes: int
+    loaded_blocks: int
+    """Blocks that loads found here."""
+    loaded_bytes: int
+    corrupt: Mapping[str, int]
+    """Records that were not what was asked for, by reason."""
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteBehindStats:
+    """What went down to SSD. Dropped blocks were wanted there and lost or refused, by reason."""
+
+    queued_edges: int
+    saved_blocks: int
+    saved_bytes: int
+    dropped_blocks: Mapping[str, int]
+    physical_bytes_written: int
+    """All that was written to the disk: records, footers and what reclaiming wrote again."""
+    freed_segments: int
+    rewritten_blocks: int
+    rewritten_bytes: int
+
+    @property
+    def write_amplification(self) -> float:
+        """Bytes written to the disk for each byte of records saved."""
+        return self.physical_bytes_written / self.saved_bytes if self.saved_bytes else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexStats:
+    """The prefix index. `blocks` counts each block once, however many tiers hold it."""
+
+    trees: int
+    blocks: int
+    bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStats:
+    """One model that this process has registered."""
+
+    name: str
+    fingerprint: str
+    record_bytes: int
+    prefill_tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreStats:
+    """What start-up found on SSD. `dropped` counts records and files that were not taken, by reason."""
+
+    blocks: int
+    seconds: float
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """A whole pool, since it was opened."""
+
+    name: str
+    mode: str
+    """`normal`, or what is out: see `kvpool.resilience.mode`."""
+    requests: int
+    asked_blocks: int
+    matched_blocks: int
+    shared_hit_blocks: int
+    """Matched blocks that belong to a prefix that several requests share."""
+    shared_bytes: Mapping[TierName, int]
+    saved_prefill_seconds: float
+    """Prefill time that loads have spared, by each model's prefill rate; models without one count nothing."""
+    stored_blocks: int
+    stored_bytes: int
+    already_there_blocks: int
+    refused_blocks: Mapping[Refusal, int]
+    short_loads: int
+    skipped_slower_blocks: int
+    tiers: Mapping[TierName, TierStats]
+    write_behind: WriteBehindStats
+    index: IndexStats
+    restored: RestoreStats
+    models: tuple[ModelStats, ...]
+
+    @property
+    def hit_ratio(self) -> float:
+        """Matched blocks of those that were asked for, 0 to 1."""
+        return self.matched_blocks / self.asked_blocks if self.asked_blocks else 0.0

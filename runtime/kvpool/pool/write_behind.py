@@ -1,0 +1,199 @@
+"""Writes blocks from RAM to SSD behind the callers' backs, parents before children.
+
+A queue of tree nodes, not of bytes: what waits in it stays in RAM, and may be evicted from there, coldest first. So
+writers that fall behind drop the coldest work, and everything that hangs on it; the index counts that. The queue is
+served oldest first, which is where eviction is about to strike.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from kvpool.blocks.identity import Fingerprint
+from kvpool.blocks.record import seal
+from kvpool.pool.events import BlockStored, EventBus
+from kvpool.pool.memory import Memory
+from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.ssd_store import SsdStore
+from kvpool.prefix import saving
+from kvpool.prefix.index import Pin, PrefixIndex
+from kvpool.prefix.node import Node
+from kvpool.prefix.saving import Idle, Run
+from kvpool.tiers.tier import TierName
+
+MAX_QUEUED_NODES = 65_536
+RUN_BYTES = 4 << 20
+"""About so much is written at once: enough for the disk, and little enough not to keep others from the interpreter."""
+_log = logging.getLogger(__name__)
+
+
+class WriteBehind:
+    """The queue and its writer threads. `layouts` tells a model's payload bytes, None where the model is unknown."""
+
+    def __init__(
+        self,
+        index: PrefixIndex,
+        memory: Memory,
+        store: SsdStore,
+        reclaimer: Reclaimer,
+        events: EventBus,
+        *,
+        payload_bytes_of: Callable[[Fingerprint], int | None],
+        threads: int = 2,
+    ) -> None:
+        self._index = index
+        self._memory = memory
+        self._store = store
+        self._reclaimer = reclaimer
+        self._events = events
+        self._payload_bytes_of = payload_bytes_of
+        self._queue: deque[Node] = deque()
+        self._deferred: list[Node] = []
+        """Nodes that wait for another writer to finish with an ancestor."""
+        self._changed = threading.Condition()
+        self._active = 0
+        self._closed = False
+        self.saved_blocks = 0
+        self.saved_bytes = 0
+        self.dropped: Counter[str] = Counter()
+        """Blocks that were wanted on SSD and not written, by reason; those evicted before, the index counts."""
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvpool-write-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Nodes that wait."""
+        return len(self._queue) + len(self._deferred)
+
+    def want(self, pin: Pin, depth: int) -> None:
+        """Have the pinned blocks before `depth` written. Never waits for I/O."""
+        node = saving.want(self._index, pin, depth)
+        if node is not None:
+            self._push([node])
+
+    def want_everything(self) -> None:
+        """Have all that is in RAM written, what was used last first, for closing may not have time for all of it."""
+        with self._index.lock:
+            trees = list(self._index.trees.values())
+        nodes = [node for tree in trees for node in saving.want_everything(self._index, tree)]
+        self._push(sorted(nodes, key=lambda node: -node.last_use))
+
+    def flush(self, deadline_s: float | None) -> bool:
+        """Wait until nothing is queued or being written; False at the deadline."""
+        until = None if deadline_s is None else time.monotonic() + deadline_s
+        with self._changed:
+            while self._queue or self._deferred or self._active:
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def close(self, timeout_s: float) -> bool:
+        """Give up what is queued and end the threads; False where one is stuck in a write, and is left to it."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._deferred.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _push(self, nodes: Iterable[Node]) -> None:
+        overflow: list[Node] = []
+        with self._changed:
+            self._queue.extend(nodes)
+            while len(self._queue) > MAX_QUEUED_NODES:
+                overflow.append(self._queue.popleft())
+            self._changed.notify_all()
+        for node in overflow:
+            self._drop(node, "queue-full")
+
+    def _run(self) -> None:
+        while (node := self._pop()) is not None:
+            idle = Idle.DONE
+            try:
+                idle = self._write_all(node)
+            except Exception:  # the loop's top: the queue must go on
+                _log.exception("writing blocks to ssd")
+                self._drop(node, "error")
+            self._done(node, idle)
+
+    def _pop(self) -> Node | None:
+        with self._changed:
+            while not self._queue and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            self._active += 1
+            return self._queue.popleft()
+
+    def _done(self, node: Node, idle: Idle) -> None:
+        """Whoever waited for another writer may try again, now that one has finished."""
+        with self._changed:
+            self._active -= 1
+            if idle is Idle.BUSY:
+                self._deferred.append(node)
+            if idle is Idle.DONE or not self._active:
+                self._queue.extend(self._deferred)
+                self._deferred.clear()
+            self._changed.notify_all()
+
+    def _write_all(self, node: Node) -> Idle:
+        """Write all that is wanted of a node, and of its ancestors before it."""
+        while True:
+            if not self._store.writable:
+                self._drop(node, "ssd-unavailable")
+                return Idle.DONE
+            run = saving.begin(
+                self._index, node, payload_bytes_of=self._payload_bytes_of, most_bytes=RUN_BYTES
+            )  # fmt: skip
+            if isinstance(run, Idle):
+                return run
+            node = run.wanted
+            if not self._write(run):
+                self._drop(node, "refused")
+                return Idle.DONE
+
+    def _write(self, run: Run) -> bool:
+        """Write one run; False when not all of it was taken."""
+        written: list[int | None] = [None] * len(run.places)
+        try:
+            self._reclaimer.make_room()
+            records = [self._memory.ram.record(place) for place in run.places]
+            for record, head in zip(records, run.heads, strict=True):
+                seal(record, head)
+            written = self._store.write(records)
+            if None in written:  # a chain has no gaps: what comes after one cannot be reached
+                taken = written.index(None)
+                self._store.drop([place for place in written[taken:] if place is not None])
+                written[taken:] = [None] * (len(written) - taken)
+        finally:
+            self._store.drop(saving.finish(self._index, run, written))
+        return self._count(run, written)
+
+    def _count(self, run: Run, written: list[int | None]) -> bool:
+        taken = len(written) - written.count(None)
+        with self._changed:
+            self.saved_blocks += taken
+            self.saved_bytes += taken * run.node.tree.record_bytes
+        if taken and self._events.active:
+            keys = tuple(head.key for head in run.heads[:taken])
+            block_tokens = run.node.tree.token_bytes // 4
+            fingerprint = run.node.tree.id.fingerprint
+            self._events.publish(
+                BlockStored(keys, run.heads[0].parent, b"", block_tokens, fingerprint, TierName.SSD)
+            )  # fmt: skip
+        return taken == len(written)
+
+    def _drop(self, node: Node, reason: str) -> None:
+        blocks = saving.forget(self._index, node)
+        if blocks:
+            with self._changed:
+                self.dropped[reason] += blocks
