@@ -78,8 +78,8 @@ class Lease:
         pin = self._open_pin()
         model = self._model
         served = self._served = Counter()
-        with model.engine.gate:
-            in_ram = model.engine.index.places(pin, RAM)
+        with model._engine.gate:
+            in_ram = model._engine.index.places(pin, RAM)
             if NOWHERE not in in_ram:
                 self._hand_over(sink, 0, in_ram)
                 served[TierName.RAM] += len(in_ram)
@@ -93,9 +93,9 @@ class Lease:
         """Give the right up. Calling it again does nothing."""
         pin, self._pin = self._pin, None
         if pin is not None:
-            self._model.engine.index.unpin(pin)
-            if self._model.engine.index.has_graves:
-                self._model.engine.wake()
+            self._model._engine.index.unpin(pin)
+            if self._model._engine.index.has_graves:
+                self._model._engine.wake()
 
     def _open_pin(self) -> Pin:
         if self._pin is None:
@@ -103,14 +103,14 @@ class Lease:
         return self._pin
 
     def _hand_over(self, sink: BlockSink, first: int, slots: Sequence[int]) -> None:
-        record, end = self._model.engine.memory.ram.record, PAGE_BYTES + self._model.layout.payload_bytes
+        record, end = self._model._engine.memory.ram.record, PAGE_BYTES + self._model.layout.payload_bytes
         for block, slot in enumerate(slots, first):
             payload = record(slot)[PAGE_BYTES:end]
             payload.flags.writeable = False
             sink.write_block(block, payload)
 
     def _load_with_ssd(self, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
-        engine = self._model.engine
+        engine = self._model._engine
         fetch = self._model.fetch(pin, in_ram, engine.index.places(pin, SSD))
         if fetch is None:
             known = in_ram.index(NOWHERE)

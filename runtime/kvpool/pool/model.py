@@ -40,7 +40,7 @@ class Model:
     def __init__(
         self, engine: Engine, identity: ModelIdentity, explainer: Explainer, *, prefill_tokens_per_second: float | None
     ) -> None:
-        self.engine = engine
+        self._engine = engine
         self.identity = identity
         self.name = identity.name
         self.layout: KVLayout = identity.layout
@@ -74,7 +74,7 @@ class Model:
         placeholders are among its tokens; they must be the same when it is stored. Raises `InputError` for what is no
         sequence of int32 ids, and `PoolClosedError`.
         """
-        engine = self.engine
+        engine = self._engine
         if engine.gate.is_shut:
             engine.gate.check()
         packed = tokens if type(tokens) is bytes and not len(tokens) & 3 else token_bytes(tokens)
@@ -107,7 +107,7 @@ class Model:
         """
         packed = token_bytes(tokens)
         extras = checked_extra_keys(extra_keys) if extra_keys else None
-        engine = self.engine
+        engine = self._engine
         with engine.gate:
             tree = self._trees.get(tenant) or self._tree(tenant)
             pin = engine.index.match(tree, packed, extras)
@@ -128,7 +128,7 @@ class Model:
         self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None
     ) -> list[BlockReport]:
         """Say of every whole block of `tokens` where it is, or why it is not. Changes nothing, not even ages."""
-        self.engine.gate.check()
+        self._engine.gate.check()
         extras = checked_extra_keys(extra_keys) if extra_keys else None
         return self._explainer.explain(self.identity, token_bytes(tokens), tenant, extras)
 
@@ -136,7 +136,7 @@ class Model:
 
     def fetch(self, pin: Pin, in_ram: Sequence[int], on_ssd: Sequence[int]) -> Fetch | None:
         """What brings the blocks that are not in RAM; None where SSD is out, or slower than computing them."""
-        engine = self.engine
+        engine = self._engine
         record_bytes = self.layout.record_bytes
         batches = plan(in_ram, on_ssd, record_bytes)
         blocks = sum(len(batch.places) for batch in batches)
@@ -159,7 +159,7 @@ class Model:
     def count_loaded(self, matched: int, served: Counter[TierName]) -> None:
         """A lease was loaded: `served` blocks of the `matched` ones arrived."""
         arrived = served.total()
-        self.engine.traffic.count_load(served, self.layout.record_bytes, short=arrived < matched)
+        self._engine.traffic.count_load(served, self.layout.record_bytes, short=arrived < matched)
         if self._prefill_rate:
             with self._rate_lock:
                 self.saved_prefill_seconds += arrived * self.layout.block_tokens / self._prefill_rate
@@ -181,7 +181,7 @@ class Model:
     def _tree(self, tenant: str) -> PrefixTree:
         if not isinstance(tenant, str) or not tenant:
             raise InputError(f"tenant is {tenant!r}; it must be a name that is not empty")
-        tenants = self.engine.tenants
+        tenants = self._engine.tenants
         with tenants.lock:
             tree = tenants.tree(
                 tenants.tree_id(self.identity.fingerprint, tenant),
@@ -195,9 +195,9 @@ class Model:
 
     def _shorten_to_ram(self, pin: Pin) -> None:
         """SSD is out: promise only what does not need it."""
-        in_ram = self.engine.index.places(pin, RAM)
+        in_ram = self._engine.index.places(pin, RAM)
         if -1 in in_ram:
-            self.engine.index.shorten(pin, in_ram.index(-1))
+            self._engine.index.shorten(pin, in_ram.index(-1))
 
     def _store_after(
         self, pin: Pin, packed: bytes, source: BlockSource, extras: Extras | None, total: int
@@ -208,33 +208,33 @@ class Model:
         stored = 0
         while pin.depth < total:
             count = min(most, total - pin.depth)
-            slots = self.engine.memory.allocate(record_bytes, count)
+            slots = self._engine.memory.allocate(record_bytes, count)
             if not slots:
                 return stored, Refusal.NO_ROOM
             self._fill(slots, pin.depth, source)
             first = pin.depth
-            refused = self.engine.index.attach(pin, packed, RAM, slots, extras)
-            self.engine.memory.free(refused)
+            refused = self._engine.index.attach(pin, packed, RAM, slots, extras)
+            self._engine.memory.free(refused)
             if pin.tree.erased:
                 return stored, Refusal.ERASED
             stored += len(slots) - len(refused)
             self._after_attach(pin, first)
-            if self.engine.index.over_limit and not self._shrink_index():
+            if self._engine.index.over_limit and not self._shrink_index():
                 return stored, Refusal.INDEX_FULL
         return stored, None
 
     def _fill(self, slots: list[int], first: int, source: BlockSource) -> None:
         """Have the source write payloads into slots; they are freed if it fails."""
-        record, end = self.engine.memory.ram.record, PAGE_BYTES + self.layout.payload_bytes
+        record, end = self._engine.memory.ram.record, PAGE_BYTES + self.layout.payload_bytes
         try:
             for block, slot in enumerate(slots, first):
                 source.read_block(block, record(slot)[PAGE_BYTES:end])
         except BaseException:
-            self.engine.memory.free(slots)
+            self._engine.memory.free(slots)
             raise
 
     def _after_attach(self, pin: Pin, first: int) -> None:
-        engine = self.engine
+        engine = self._engine
         if engine.store.writable and (not engine.settings.second_hit or self._seen_before(pin)):
             engine.writer.want(pin, pin.depth)
         if engine.events.active:
@@ -250,21 +250,21 @@ class Model:
 
     def _seen_before(self, pin: Pin) -> bool:
         """Whether the last block was here once and was lost: storing it again is its second hit."""
-        return pin.key is not None and self.engine.index.history.fate(pin.key) is not None
+        return pin.key is not None and self._engine.index.history.fate(pin.key) is not None
 
     def _shrink_index(self) -> bool:
         """Forget blocks until the index is within its limit; False where leases forbid that."""
-        index = self.engine.index
+        index = self._engine.index
         while index.over_limit:
             gone = index.shrink()
             if not gone:
                 return False
-            self.engine.copies.release(gone)
+            self._engine.copies.release(gone)
         return True
 
     def _note_refused(self, pin: Pin, packed: bytes, extras: Extras | None, total: int) -> None:
         """So that `explain` can say it."""
-        index, tree = self.engine.index, pin.tree
+        index, tree = self._engine.index, pin.tree
         until = min(total, pin.depth + REMEMBERED_REFUSALS)
         run = packed[pin.depth * self._token_bytes : until * self._token_bytes]
         with index.lock:
