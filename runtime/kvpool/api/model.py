@@ -7,12 +7,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from kvpool.api.duration import Duration
-from kvpool.api.quantity import MOST, Quantity
+from kvpool.api.quantity import MOST, NOT_NEGATIVE, Quantity
 
 Path: TypeAlias = tuple[str | int, ...]
 """Where a value stands, in the names of the YAML: `("spec", "models", 1, "quotas")`."""
@@ -78,7 +88,7 @@ def repeated(path: Path, names: Sequence[str], field: str = "") -> list[Fault]:
     first = {name: index for index, name in reversed(list(enumerate(names)))}
     at: Path = (field,) if field else ()
     return [
-        Fault((*path, index, *at), f"is {name!r}, as in entry {first[name]}; names are unique")
+        Fault((*path, index, *at), f"is '{name}', as in entry {first[name]}; names are unique")
         for index, name in enumerate(names)
         if first[name] != index
     ]
@@ -91,18 +101,27 @@ class Bytes:
     least: str = "0"
     most: str | None = None
 
+    MAX_CHARACTERS: ClassVar[int] = 20
+    """What the API server needs to know to bound the cost of the rules that it evaluates; any size in bytes fits."""
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         least = Quantity.parse(self.least)
         most = Quantity.parse(self.most or str(MOST))
 
-        def check(quantity: Quantity) -> Quantity:
+        def check(value: object, inner: ValidatorFunctionWrapHandler) -> Quantity:
+            if isinstance(value, str) and len(value) > self.MAX_CHARACTERS:
+                raise ValueError(f"must have at most {self.MAX_CHARACTERS} characters, such as 512Mi or 16Gi")
+            quantity: Quantity = inner(value)
             if not quantity.is_whole:
                 raise ValueError("must be a whole number of bytes")
             if not least <= quantity <= most:
                 raise ValueError(f"must be at least {least}" + (f", at most {most}" if self.most else ""))
             return quantity
 
-        return core_schema.no_info_after_validator_function(check, handler(source))
+        return core_schema.no_info_wrap_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "pattern": NOT_NEGATIVE, "maxLength": self.MAX_CHARACTERS}
 
 
 @dataclass(frozen=True)

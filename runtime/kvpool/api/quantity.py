@@ -17,7 +17,10 @@ MOST = (1 << 63) - 1
 NANO = 10**9
 _MAX_CHARACTERS = 64
 _MAX_EXPONENT = 60
-_QUANTITY = re.compile(r"([+-]?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?")
+_NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?"
+_QUANTITY = re.compile(rf"([+-]?){_NUMBER}")
+NOT_NEGATIVE = "^[+]?" + _NUMBER.replace("(?:", "(") + "$"
+"""The pattern of a quantity without a minus, in the dialect of JSON schema."""
 _DECIMAL = {-9: "n", -6: "u", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P", 18: "E"}
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 _EXPONENT_OF = {suffix: exponent for exponent, suffix in _DECIMAL.items()}
@@ -102,7 +105,7 @@ class Quantity:
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "x-kubernetes-int-or-string": True,
-            "pattern": rf"^{_QUANTITY.pattern.replace('(?:', '(')}$",
+            "pattern": "^[+-]?" + _NUMBER.replace("(?:", "(") + "$",
         }
 
 

@@ -75,12 +75,18 @@ class Weights(Model):
         return self
 
 
+class ServingGpu(GpuRequest):
+    """GPUs of one serving pod."""
+
+    count: Integer = Field(1, ge=0, le=64, description="GPUs per pod; the engine is tensor parallel over them.")
+
+
 class Serving(PodSettings):
     """A StatefulSet of inference pods."""
 
     engine: Engine = Field(Engine.VLLM, description="The inference engine.")
     replicas: Integer = Field(1, ge=0, le=1000, description="Pods.")
-    gpu: GpuRequest = Field(GpuRequest(count=1), description="GPUs per pod; the engine is tensor parallel over them.")
+    gpu: ServingGpu = Field(ServingGpu(), description="GPUs of a pod; one by default.")
     model: Weights = Field(description="Where the weights are.")
     cache: CachePlace = Field(
         CachePlace.EMBEDDED, description="In the engine's process, or beside it in the pod (several GPUs need that)."

@@ -6,7 +6,7 @@ are followed.
 
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from kvpool.errors import ConfigError
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DEPTH = 64
-_NULL = "tag:yaml.org,2002:null"
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
 
 class Document(NamedTuple):
@@ -105,7 +105,6 @@ class _Reader:
         self._loader = loader
         self._lines = lines
         self._values = 0
-        self._merged: set[int] = set()
 
     def value(self, node: yaml.Node, path: Path) -> object:
         self._values += 1
@@ -119,35 +118,29 @@ class _Reader:
         return self._loader.construct_object(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, object]:
-        if id(node) not in self._merged:
-            self._refuse_duplicates(node, path)
-            self._merged.add(id(node))
-            self._loader.flatten_mapping(node)
         content: dict[str, object] = {}
+        first: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key = self._key(key_node, path)
-            self._lines[(*path, key)] = key_node.start_mark.line + 1
-            content[key] = self.value(value_node, (*path, key))
-        return content
-
-    def _refuse_duplicates(self, node: yaml.MappingNode, path: Path) -> None:
-        first: dict[Hashable, int] = {}
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.value in first and isinstance(key_node, yaml.ScalarNode):
-                where = printed_path((*path, key_node.value))
+            key, line = self._key(key_node, path), key_node.start_mark.line + 1
+            here = (*path, key)
+            if key in content:
                 raise ConfigError(
-                    f"{self._file}:{line}: {where} stands here a second time (first in line {first[key_node.value]}); "
+                    f"{self._file}:{line}: {printed_path(here)} stands here a second time, after line {first[key]}; "
                     "remove one"
                 )
-            if isinstance(key_node, yaml.ScalarNode):
-                first[key_node.value] = line
+            first[key] = line
+            self._lines.setdefault(here, line)
+            content[key] = self.value(value_node, here)
+        return content
 
     def _key(self, node: yaml.Node, path: Path) -> str:
-        if isinstance(node, yaml.ScalarNode) and isinstance(key := self._loader.construct_object(node), str):
-            return key
-        place = f"{self._file}:{node.start_mark.line + 1}"
-        raise ConfigError(f"{place}: {printed_path(path) or 'the file'} has a key that is not text; put it in quotes")
+        where = f"{self._file}:{node.start_mark.line + 1}: {printed_path(path) or 'the file'}"
+        if node.tag == _MERGE:
+            raise ConfigError(f"{where} has a merge key (<<), which is not followed; write the fields out")
+        key = self._loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(key, str):
+            raise ConfigError(f"{where} has a key that is not text; put it in quotes")
+        return key
 
 
 def _json(file: FilePath, text: str) -> object:
@@ -160,9 +153,18 @@ def _json(file: FilePath, text: str) -> object:
         return content
 
     try:
-        return json.loads(text, object_pairs_hook=unique) if text.strip() else None
+        content = json.loads(text, object_pairs_hook=unique) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    _refuse_depth(file, content, 0)
+    return content
+
+
+def _refuse_depth(file: FilePath, value: object, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{file} holds more than {MAX_DEPTH} levels")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_depth(file, child, depth + 1)
 
 
 def _kind(content: object) -> str:

@@ -40,7 +40,7 @@ def printed(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(printed(item) for item in value)
     if isinstance(value, float):
-        return repr(value).removesuffix(".0")
+        return str(int(value)) if value.is_integer() else repr(value)
     return '""' if value == "" else str(value)
 
 
