@@ -3,7 +3,7 @@
 Reads nothing but the file that it is given, and imports neither torch nor numpy.
 """
 
-from kvpool.config.changes import Change, changes
+from kvpool.config.changes import Change, changes, with_live_changes
 from kvpool.config.directory import default_directory
 from kvpool.config.load import load_config, load_pool
 from kvpool.config.messages import InvalidFieldsError
@@ -53,4 +53,5 @@ __all__ = [
     "load_config",
     "load_pool",
     "runtime_config",
+    "with_live_changes",
 ]

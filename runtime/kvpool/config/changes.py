@@ -1,7 +1,7 @@
 """What differs between two configurations of one pool, and what of it a running pool can take."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -9,6 +9,8 @@ from kvpool.api.duration import Duration
 from kvpool.api.quantity import Quantity
 from kvpool.config.fields import printed
 from kvpool.config.runtime import ModelConfig, QuotaConfig, RuntimeConfig, origin_of
+
+_AnyModel = TypeVar("_AnyModel", bound=BaseModel)
 
 
 class Change(NamedTuple):
@@ -30,6 +32,25 @@ def changes(old: RuntimeConfig, new: RuntimeConfig) -> list[Change]:
     identity = (("metadata.name", old.name, new.name), ("directory", old.directory, new.directory))
     found = [Change(path, _printed("", a), _printed("", b), live=False) for path, a, b in identity if a != b]
     return [*found, *_differences(old, new, "spec"), *_model_differences(old, new)]
+
+
+def with_live_changes(old: RuntimeConfig, new: RuntimeConfig) -> RuntimeConfig:
+    """`new`, with every field that a running pool cannot take as it is in `old`: what the pool runs with afterwards."""
+    merged = _merged(old, new)
+    return merged.model_copy(update={"name": old.name, "directory": old.directory, "models": new.models})
+
+
+def _merged(old: _AnyModel, new: _AnyModel) -> _AnyModel:
+    kept: dict[str, object] = {}
+    for name, field in type(old).model_fields.items():
+        origin, before, after = origin_of(field), getattr(old, name), getattr(new, name)
+        if origin is None or before == after:
+            continue
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            kept[name] = _merged(before, after)
+        elif not origin.live:
+            kept[name] = before
+    return new.model_copy(update=kept)
 
 
 def _differences(old: BaseModel, new: BaseModel, above: str) -> Iterator[Change]:

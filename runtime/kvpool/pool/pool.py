@@ -10,7 +10,7 @@ from types import TracebackType
 
 from kvpool.api import KVCachePool
 from kvpool.blocks.identity import Fingerprint, ModelIdentity, TenantDigest
-from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config
+from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config, with_live_changes
 from kvpool.errors import InputError
 from kvpool.pool.assembly import assemble, live_settings, notices, sharing_rules
 from kvpool.pool.chores import Chores
@@ -185,7 +185,7 @@ class Pool:
         found = changes(self.config, config)
         live = [change.path for change in found if change.live]
         fixed = [change.path for change in found if not change.live]
-        self._apply(config, fixed)
+        self._apply(with_live_changes(self.config, config))
         return ReloadReport(applied=tuple(live), needs_restart=tuple(fixed))
 
     def flush(self, deadline_s: float | None = None) -> bool:
@@ -272,8 +272,7 @@ class Pool:
             leased = sum(node.blocks for tree in trees for node in tree.nodes())
         return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
 
-    def _apply(self, config: RuntimeConfig, fixed: list[str]) -> None:
-        """Keep what is fixed; the rest of the new configuration holds from now on."""
+    def _apply(self, config: RuntimeConfig) -> None:
         engine = self._engine
         engine.settings = live_settings(config)
         engine.index.sharing = sharing_rules(config)
@@ -289,7 +288,7 @@ class Pool:
         for model in self.models():
             if model.name in rates:
                 model.use_rate(rates[model.name])
-        self.config = config if not fixed else self.config
+        self.config = config
         engine.wake()
 
 
