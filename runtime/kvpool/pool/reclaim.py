@@ -6,8 +6,9 @@ against the daily write budget; where that, or the room, does not allow it, they
 
 import logging
 import threading
+from itertools import accumulate
 
-from kvpool.blocks.record import CorruptRecordError, check_payload, read_head
+from kvpool.blocks.record import Corruption, CorruptRecordError, check_payload, read_head
 from kvpool.pool.copies import Copies
 from kvpool.pool.reading import UNREADABLE
 from kvpool.pool.ssd_store import SsdStore
@@ -30,6 +31,8 @@ from kvpool.tiers.tier import TierUnavailableError
 
 CANDIDATES = 16
 """So many of the oldest segments are looked at to choose the one to free."""
+BATCH_BYTES = 8 << 20
+"""About so much is read and written again at once."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,40 +102,60 @@ class Reclaimer:
                 return True
             if self._write_again(batch):
                 continue
+            if self._store.degraded:  # the records are not to blame
+                return False
             gone = remove_below(self._index, node, segment)
             if not gone:
                 return False
             self._copies.release(gone)
 
     def _write_again(self, batch: list[Living]) -> bool:
-        """Move records to the open segment; False when not even the first could be written."""
-        moved = False
-        for record in batch:
-            buffer = self._read(record)
-            if buffer is None:
-                self._copies.release(remove_corrupt(self._index, record.node, record.place))
-                moved = True
-                continue
-            (place,) = self._store.write([buffer], reclaim=True)
+        """Move the first records of the batch to the open segment; False when not one could be moved or found bad."""
+        batch = _some_bytes_of(batch)
+        buffers = self._read(batch)
+        good = [(record, buffer) for record, buffer in zip(batch, buffers, strict=True) if buffer is not None]
+        places = self._store.write([buffer for _, buffer in good], reclaim=True) if good else []
+        moved = len(good) < len(batch) and not self._store.degraded
+        for (record, buffer), place in zip(good, places, strict=True):
             if place is None:
-                return moved
+                continue
+            moved = True
             self.rewritten_blocks += 1
             self.rewritten_bytes += len(buffer)
-            moved = True
             was_there = self._index.move(record.node, SSD, record.place, place)  # else leased, or gone meanwhile
             self._store.drop([record.place if was_there else place])
         return moved
 
-    def _read(self, record: Living) -> Bytes | None:
-        """The record's bytes, verified; None where they are bad."""
-        buffer = aligned(bytes_of(record.place))
-        if not all(self._store.read([record.place], [buffer])):
-            self._store.count_corrupt(UNREADABLE, record.place)
-            return None
-        try:
-            head = read_head(buffer)
-            check_payload(buffer, head)
-        except CorruptRecordError as error:
-            self._store.count_corrupt(error.reason.value, record.place)
-            return None
-        return buffer if head.key == record.key else None
+    def _read(self, batch: list[Living]) -> list[Bytes | None]:
+        """Each record's bytes, verified; None for those that are bad: they are removed."""
+        memory = aligned(sum(bytes_of(record.place) for record in batch))
+        ends = accumulate(bytes_of(record.place) for record in batch)
+        buffers = [memory[end - bytes_of(record.place) : end] for record, end in zip(batch, ends, strict=True)]
+        arrived = self._store.read([record.place for record in batch], buffers)
+        return [
+            buffer if self._is_good(record, buffer, came=came) else None
+            for record, buffer, came in zip(batch, buffers, arrived, strict=True)
+        ]
+
+    def _is_good(self, record: Living, buffer: Bytes, *, came: bool) -> bool:
+        fault = _fault(record, buffer) if came else UNREADABLE
+        if fault is not None and (came or not self._store.degraded):
+            self._store.count_corrupt(fault, record.place)
+            self._copies.release(remove_corrupt(self._index, record.node, record.place))
+        return fault is None
+
+
+def _some_bytes_of(batch: list[Living]) -> list[Living]:
+    """The first records of the batch, about `BATCH_BYTES` of them and one at least."""
+    ends = accumulate(bytes_of(record.place) for record in batch)
+    return batch[: max(1, sum(end <= BATCH_BYTES for end in ends))]
+
+
+def _fault(record: Living, buffer: Bytes) -> str | None:
+    """Why the bytes are not the record's; None when they are."""
+    try:
+        head = read_head(buffer)
+        check_payload(buffer, head)
+    except CorruptRecordError as error:
+        return error.reason.value
+    return None if head.key == record.key else Corruption.KEY.value
