@@ -1,0 +1,78 @@
+"""Areas of benchmarks, and how one is run: benchmark by benchmark, in temporary directories that are removed."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from kvpool.bench.row import Row
+from kvpool.errors import ConfigError
+
+AREAS: Mapping[str, str] = {"engine": "kvpool.bench.engine"}
+"""Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""
+DEFAULT_AREA = "engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a run is given. `scale` shrinks every size and count: below 1 the figures mean nothing."""
+
+    directory: Path
+    """Empty, and removed after the benchmark."""
+    seconds: float = 60.0
+    """How long the endurance benchmark stores."""
+    trace: Path | None = None
+    """A recorded trace; None: a made-up one."""
+    scale: float = 1.0
+    rounds: int = 7
+
+    def scaled(self, count: int, *, least: int = 1) -> int:
+        """`count`, or less of it when the run is a small one."""
+        return max(least, int(count * self.scale))
+
+
+class Benchmark(NamedTuple):
+    """Yields rows whose names begin with `name` and a dot."""
+
+    name: str
+    about: str
+    run: Callable[[Conditions], Iterator[Row]]
+
+
+class UnmeasurableError(Exception):
+    """This machine, or this installation, lacks what a benchmark needs; says what."""
+
+
+def benchmarks_of(area: str) -> Sequence[Benchmark]:
+    """The area's benchmarks. Raises `ConfigError` for an unknown area."""
+    if area not in AREAS:
+        raise ConfigError(f"there is no bench area {area!r}; choose one of: {', '.join(AREAS)}")
+    found: Sequence[Benchmark] = import_module(AREAS[area]).BENCHMARKS
+    return found
+
+
+def selected(benchmarks: Sequence[Benchmark], only: Sequence[str]) -> Sequence[Benchmark]:
+    """Those that `only` names, by themselves or by one of their rows; all when it is empty.
+
+    Raises `ConfigError` for a name that is none.
+    """
+    known = {benchmark.name for benchmark in benchmarks}
+    for name in only:
+        if name.split(".")[0] not in known:
+            raise ConfigError(f"there is no benchmark {name!r}; choose from: {', '.join(sorted(known))}")
+    wanted = {name.split(".")[0] for name in only} or known
+    return [benchmark for benchmark in benchmarks if benchmark.name in wanted]
+
+
+def run(
+    benchmarks: Iterable[Benchmark], parent: Path | None, conditions: Callable[[Path], Conditions]
+) -> Iterator[Row]:
+    """The rows, as they come. What cannot be measured here yields one row with the reason."""
+    for benchmark in benchmarks:
+        with tempfile.TemporaryDirectory(prefix="kvpool-bench-", dir=parent) as directory:
+            try:
+                yield from benchmark.run(conditions(Path(directory)))
+            except UnmeasurableError as reason:
+                yield Row(benchmark.name, "", None, reason=str(reason))

@@ -1,0 +1,118 @@
+"""Matching: how long it takes to find a prompt among 10,000 others, to hold it, and to let it go."""
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+from kvpool.bench.area import Conditions
+from kvpool.bench.engine.forest import BLOCK_TOKENS, Forest
+from kvpool.bench.rounds import Measure, beside, seconds_per_call
+from kvpool.bench.row import Figure, Row, at_most, ratio_at_most
+from kvpool.prefix.index import Pin
+
+OTHER_PREFIXES = 10_000
+OTHER_BLOCKS = 16
+SPLITS = 16
+COLD_BYTES = 96 << 20
+"""Prompts, and their copies in the tree, of so many bytes together: three times a large last-level cache."""
+_US = 1e6
+_NS = 1e9
+_ONE_NODE, _SPLIT = 0, SPLITS
+
+
+def run(conditions: Conditions) -> Iterator[Row]:
+    """Rows of `match`."""
+    forest = _forest(conditions)
+    for tokens, name in ((1_024, "1k"), (4_096, "4k")):
+        for splits, where, target in ((_ONE_NODE, "one-node", at_most(2)), (_SPLIT, "16-splits", at_most(8))):
+            prompts = _planted(forest, tokens, splits, 16)
+            yield Row(f"match.{name}.{where}", "us", _warm(forest, prompts, conditions), target)
+    for splits, where in ((_ONE_NODE, "one-node"), (_SPLIT, "16-splits")):
+        yield _cold_row(forest, splits, where, conditions)
+
+
+def _forest(conditions: Conditions) -> Forest:
+    forest = Forest()
+    forest.plant_prompts(conditions.scaled(OTHER_PREFIXES), blocks=OTHER_BLOCKS)
+    return forest
+
+
+def _planted(forest: Forest, tokens: int, splits: int, prompts: int) -> list[bytes]:
+    planted = [forest.prompt(tokens // BLOCK_TOKENS) for _ in range(prompts)]
+    for prompt in planted:
+        forest.plant_split(prompt, splits)
+    return planted
+
+
+def _warm(forest: Forest, prompts: Sequence[bytes], conditions: Conditions) -> Figure:
+    """A few prompts by turns, beside a memcmp of as many bytes."""
+    calls = conditions.scaled(4_000, least=len(prompts))
+    copies = cycle([(prompt, bytes(bytearray(prompt))) for prompt in prompts])
+
+    def compare() -> bool:
+        ours, theirs = next(copies)
+        return ours == theirs
+
+    return beside(_matching(forest, prompts, calls), seconds_per_call(compare, calls), conditions.rounds).in_unit(_US)
+
+
+def _matching(forest: Forest, prompts: Sequence[bytes], calls: int) -> Measure:
+    """Seconds of one match; the leases that it opens are closed outside of the time."""
+    return lambda: _leasing(forest, prompts, calls).open_s
+
+
+class _Leasing(NamedTuple):
+    """Seconds of one call each: of finding a prompt, of that and opening a lease, of closing it."""
+
+    find_s: float
+    open_s: float
+    close_s: float
+
+
+def _leasing(forest: Forest, prompts: Sequence[bytes], calls: int) -> _Leasing:
+    """Open so many leases, then close them; prompts by turns."""
+    index, tree, turns = forest.index, forest.tree, cycle(prompts)
+    pins: list[Pin] = []
+    keep, find, match, unpin = pins.append, tree.find, index.match, index.unpin
+    began_s = perf_counter()
+    for _ in range(calls):
+        find(next(turns))
+    found_s = perf_counter()
+    for _ in range(calls):
+        keep(match(tree, next(turns)))
+    opened_s = perf_counter()
+    for pin in pins:
+        unpin(pin)
+    closed_s = perf_counter()
+    return _Leasing((found_s - began_s) / calls, (opened_s - found_s) / calls, (closed_s - opened_s) / calls)
+
+
+def _cold_row(forest: Forest, splits: int, where: str, conditions: Conditions) -> Row:
+    """Prompts of 32k tokens, so many that none is in a cache at its turn; beside a memcmp of equally cold ones."""
+    nbytes = 4 * 32_768
+    prompts = _planted(forest, 32_768, splits, conditions.scaled(COLD_BYTES // 2 // nbytes, least=2))
+    pairs = cycle([(prompt, bytes(bytearray(prompt))) for prompt in prompts])
+
+    def compare() -> bool:
+        ours, theirs = next(pairs)
+        return ours == theirs
+
+    matching, comparing = _matching(forest, prompts, len(prompts)), seconds_per_call(compare, len(prompts))
+    figure = beside(matching, comparing, conditions.rounds).in_unit(_US)
+    return Row(f"match.32k.{where}.cold", "us", figure, ratio_at_most(1.5))
+
+
+def run_leases(conditions: Conditions) -> Iterator[Row]:
+    """Rows of `lease`: what holding a prompt adds to finding it, and how much of that is each node's."""
+    forest, rounds = _forest(conditions), conditions.rounds
+    short, split = (_planted(forest, 4_096, splits, 16) for splits in (_ONE_NODE, _SPLIT))
+    calls = conditions.scaled(4_000)
+    pairs = [(_leasing(forest, short, calls), _leasing(forest, split, calls)) for _ in range(rounds)]
+    held = median(one.open_s - one.find_s + one.close_s for one, _ in pairs)
+    taken = median((many.open_s - many.find_s - (one.open_s - one.find_s)) / SPLITS for one, many in pairs)
+    given = median((many.close_s - one.close_s) / SPLITS for one, many in pairs)
+    yield Row("lease.open-and-close", "us", Figure(held * _US), at_most(1.035))
+    yield Row("lease.reference-taken-per-node", "ns", Figure(taken * _NS), at_most(35))
+    yield Row("lease.reference-given-up-per-node", "ns", Figure(given * _NS), at_most(35))

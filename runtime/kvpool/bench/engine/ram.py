@@ -1,0 +1,56 @@
+"""The ram tier through the public face: storing and copying out, beside one thread's memcpy of the same blocks."""
+
+from collections.abc import Iterator
+
+from kvpool.bench.area import Conditions
+from kvpool.bench.engine.pools import KIB, MIB, EngineMemory, InPlace, OpenModel, Prompts, open_model, pool_config
+from kvpool.bench.probes import Memcpy
+from kvpool.bench.rounds import beside, bytes_per_second, seconds_per_call
+from kvpool.bench.row import Row, Target, ratio_at_least, ratio_at_most
+
+RAM_BYTES = 512 * MIB
+PROMPT_BYTES = 128 * MIB
+"""What is stored or loaded at once: more than a last-level cache holds."""
+_GIB_PER_BYTE = 1 / (1 << 30)
+_US = 1e6
+_SIZES: tuple[tuple[int, str, Target], ...] = (
+    (256 * KIB, "256KiB", ratio_at_least(0.6)),
+    (2 * MIB, "2MiB", ratio_at_least(0.9)),
+    (8 * MIB, "8MiB", ratio_at_least(0.9)),
+)
+
+
+def run(conditions: Conditions) -> Iterator[Row]:
+    """Rows of `ram`."""
+    for payload_bytes, name, target in _SIZES:
+        config = pool_config(ram_bytes=conditions.scaled(RAM_BYTES, least=8 * payload_bytes))
+        opened = open_model(config, conditions.directory / name, payload_bytes)
+        with opened.pool:
+            yield from _rows(opened, payload_bytes, name, target, conditions)
+
+
+def _rows(opened: OpenModel, payload_bytes: int, name: str, target: Target, conditions: Conditions) -> Iterator[Row]:
+    blocks = conditions.scaled(PROMPT_BYTES // payload_bytes, least=2)
+    memory, prompts, memcpy = EngineMemory(payload_bytes, blocks), Prompts(), Memcpy(payload_bytes, blocks)
+    nbytes = payload_bytes * blocks
+
+    def store() -> None:
+        opened.model.store(prompts.next(blocks), memory)
+
+    for _ in range(2 + opened.pool.config.ram.capacity_bytes // nbytes):
+        store()  # until the tier is full, and every page of it warm
+    figure = beside(bytes_per_second(store, nbytes), bytes_per_second(memcpy.copy_all, nbytes), conditions.rounds)
+    yield Row(f"ram.store.{name}", "GiB/s", figure.in_unit(_GIB_PER_BYTE), target)
+
+    held = prompts.next(blocks)
+    opened.model.store(held, memory)
+    with opened.model.match(held) as lease:
+        figure = beside(
+            bytes_per_second(lambda: lease.load(memory), nbytes),
+            bytes_per_second(memcpy.copy_all, nbytes),
+            conditions.rounds,
+        )
+        yield Row(f"ram.copy-out.{name}", "GiB/s", figure.in_unit(_GIB_PER_BYTE), target)
+        look, copy = seconds_per_call(lambda: lease.load(InPlace()), 1), seconds_per_call(memcpy.copy_all, 1)
+        figure = beside(look, copy, conditions.rounds).in_unit(_US / blocks)
+        yield Row(f"ram.read-in-place.{name}", "us/block", figure, ratio_at_most(0.1))
