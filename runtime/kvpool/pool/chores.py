@@ -9,6 +9,7 @@ from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.blocks.record import Head
 from kvpool.errors import KvpoolError
+from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.reading import UNREADABLE, ReadJob
 from kvpool.pool.restoring import restore_from
@@ -31,7 +32,7 @@ class Chores:
 
     def all(self) -> list[Callable[[], None]]:
         """Every chore, in the order in which they run."""
-        return [self.bury, self.reopen_ssd, self.probe_ssd, self.free_segments, self.shrink_ram]
+        return [self.bury, self.reopen_ssd, self.probe_ssd, self.free_segments, self.shrink_ram, self.shrink_index]
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""
@@ -70,8 +71,13 @@ class Chores:
 
     def shrink_ram(self) -> None:
         """Move or evict what lies in memory that is to be given back."""
-        if self.leaving and self._engine.memory.vacate(self.leaving):
+        leaving = self.leaving
+        if leaving and self._engine.memory.vacate(leaving) and self.leaving is leaving:
             self.leaving = []
+
+    def shrink_index(self) -> None:
+        """Keep the index within its limit: that was lowered, or loads have filled it."""
+        shrink_index(self._engine.index, self._engine.copies)
 
     def _probe_reads(self) -> None:
         engine = self._engine

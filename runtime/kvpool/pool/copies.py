@@ -6,7 +6,7 @@ from itertools import groupby
 from kvpool.blocks.identity import BlockKey
 from kvpool.pool.events import BlockRemoved, EventBus
 from kvpool.pool.ssd_store import SsdStore
-from kvpool.prefix.index import LEVEL_NAMES, Gone
+from kvpool.prefix.index import LEVEL_NAMES, Gone, PrefixIndex
 from kvpool.prefix.node import RAM, SSD
 from kvpool.tiers.ram import RamTier
 from kvpool.tiers.tier import TierName
@@ -33,3 +33,13 @@ class Copies:
             for level, copies in groupby(gone, key=lambda copy: copy.level):
                 keys = tuple(BlockKey(copy.key) for copy in copies if copy.key)
                 self._events.publish(BlockRemoved(keys, TierName(LEVEL_NAMES[level])))
+
+
+def shrink_index(index: PrefixIndex, copies: Copies) -> bool:
+    """Forget blocks until the index is within its limit; False where leases forbid that."""
+    while index.over_limit:
+        gone = index.shrink()
+        if not gone:
+            return False
+        copies.release(gone)
+    return True

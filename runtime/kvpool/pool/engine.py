@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, tenant_digest
+from kvpool.errors import InputError
 from kvpool.pool.copies import Copies
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
@@ -50,7 +51,9 @@ class Tenants:
         self._index = index
 
     def digest(self, tenant: str) -> TenantDigest:
-        """What stands for the tenant in keys and records."""
+        """What stands for the tenant in keys and records. Raises `InputError` for what is no name."""
+        if not isinstance(tenant, str) or not tenant:
+            raise InputError(f"tenant is {tenant!r}; it must be a name that is not empty")
         return tenant_digest(self._secret, SHARED_TENANT if self.shared else tenant)
 
     def chain(self, tree_id: TreeId) -> KeyChain:

@@ -60,6 +60,7 @@ class Lease:
     def poll(self) -> LeaseState:
         """How far the fetch from remote tiers is. Never blocks; without remote tiers, ready at once."""
         self._open_pin()
+        self._model._engine.gate.check()
         return LeaseState.READY
 
     def wait(self, deadline_s: float) -> LeaseState:

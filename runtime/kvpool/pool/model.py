@@ -10,7 +10,7 @@ from kvpool.blocks.identity import BlockKey, ModelIdentity, checked_extra_keys
 from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.tokens import Tokens, token_bytes
 from kvpool.blocks.transfer import BlockSource
-from kvpool.errors import InputError
+from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import BlockStored
 from kvpool.pool.explain import Explainer
@@ -30,6 +30,7 @@ MAX_KNOWN_TENANTS = 10_000
 STORE_BATCH_BYTES = 16 << 20
 REMEMBERED_REFUSALS = 256
 """Refused blocks of one store that `explain` will know about."""
+_LOSS_OF = {Refusal.NO_ROOM: Loss.REFUSED, Refusal.INDEX_FULL: Loss.INDEX_FULL, Refusal.ERASED: Loss.ERASED}
 _RATE_WEIGHT = 0.3
 """How much the latest measured prefill counts."""
 
@@ -78,10 +79,10 @@ class Model:
         if engine.gate.is_shut:
             engine.gate.check()
         packed = tokens if type(tokens) is bytes and not len(tokens) & 3 else token_bytes(tokens)
+        extras = checked_extra_keys(extra_keys) if extra_keys else None
         tree = self._trees.get(tenant)
         if tree is None:
             tree = self._tree(tenant)
-        extras = checked_extra_keys(extra_keys) if extra_keys else None
         pin = engine.index.match(tree, packed, extras, None, asked=len(packed) // self._token_bytes)
         if pin.depth:
             store = engine.store
@@ -118,9 +119,10 @@ class Model:
                 already += pin.depth - already - stored
                 refused = {refusal: total - pin.depth} if refusal else {}
                 if refusal:
-                    self._note_refused(pin, packed, extras, total)
+                    self._note_refused(pin, packed, extras, total, _LOSS_OF[refusal])
             finally:
                 engine.index.unpin(pin)
+                self._shrink_index()
         engine.traffic.count_store(stored, already, refused, self.layout.record_bytes)
         return StoreResult(stored, already, refused)
 
@@ -179,8 +181,6 @@ class Model:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _tree(self, tenant: str) -> PrefixTree:
-        if not isinstance(tenant, str) or not tenant:
-            raise InputError(f"tenant is {tenant!r}; it must be a name that is not empty")
         tenants = self._engine.tenants
         with tenants.lock:
             tree = tenants.tree(
@@ -207,6 +207,8 @@ class Model:
         most = max(1, min(BATCH_BLOCKS, STORE_BATCH_BYTES // record_bytes))
         stored = 0
         while pin.depth < total:
+            if not self._shrink_index():
+                return stored, Refusal.INDEX_FULL
             count = min(most, total - pin.depth)
             slots = self._engine.memory.allocate(record_bytes, count)
             if not slots:
@@ -219,8 +221,6 @@ class Model:
                 return stored, Refusal.ERASED
             stored += len(slots) - len(refused)
             self._after_attach(pin, first)
-            if self._engine.index.over_limit and not self._shrink_index():
-                return stored, Refusal.INDEX_FULL
         return stored, None
 
     def _fill(self, slots: list[int], first: int, source: BlockSource) -> None:
@@ -253,16 +253,9 @@ class Model:
         return pin.key is not None and self._engine.index.history.fate(pin.key) is not None
 
     def _shrink_index(self) -> bool:
-        """Forget blocks until the index is within its limit; False where leases forbid that."""
-        index = self._engine.index
-        while index.over_limit:
-            gone = index.shrink()
-            if not gone:
-                return False
-            self._engine.copies.release(gone)
-        return True
+        return shrink_index(self._engine.index, self._engine.copies)
 
-    def _note_refused(self, pin: Pin, packed: bytes, extras: Extras | None, total: int) -> None:
+    def _note_refused(self, pin: Pin, packed: bytes, extras: Extras | None, total: int, loss: Loss) -> None:
         """So that `explain` can say it."""
         index, tree = self._engine.index, pin.tree
         until = min(total, pin.depth + REMEMBERED_REFUSALS)
@@ -271,4 +264,4 @@ class Model:
             parent = pin.key or tree.key_before(index._settled(pin), pin.depth)
         keys = tree.keys_after(parent, pin.depth, run, extras)
         found = [BlockKey(keys[at : at + 16]) for at in range(0, len(keys), 16)]
-        index.note_lost(found, Loss.REFUSED, RAM)
+        index.note_lost(found, loss, RAM)

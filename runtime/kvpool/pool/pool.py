@@ -125,7 +125,7 @@ class Pool:
     def model(self, name: str) -> Model:
         """Return the model of this name that was registered last, by this process or an earlier one.
 
-        Raises `InputError` that says which names are known.
+        Raises `InputError` that says which names are known, and as `register` does.
         """
         self._engine.gate.check()
         identities = self._registry.by_name(name)
@@ -133,6 +133,7 @@ class Pool:
             names = sorted({identity.name for identity in self._registry.known()})
             known = f"known are {', '.join(names)}" if names else "none was ever registered here"
             raise InputError(f"model {name!r} is not known to the pool in {self.directory}; {known}")
+        self._check_layout(identities[0])
         with self._models_lock:
             known_model = self._models.get(identities[0].fingerprint)
             return known_model or self._add_model(identities[0], None)
@@ -167,8 +168,6 @@ class Pool:
                 "sharing.scope is pool: all tenants' blocks are one, so one tenant's cannot be erased; "
                 "use scope tenant, or a new directory"
             )
-        if not tenant:
-            raise InputError("tenant is empty; name the tenant to erase")
         with self._engine.gate:
             digest = tenants.digest(tenant)
             with tenants.lock:

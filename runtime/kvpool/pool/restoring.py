@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 
+from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.prefix.restore import restore
 from kvpool.prefix.tree import TreeId
@@ -30,8 +31,7 @@ def restore_from(engine: Engine, tier: SsdTier) -> None:
             engine.restored_blocks += _restore_tree(engine, tier, tree_id, records, dropped)
     engine.dropped_at_start += dropped + tier.recovery.dropped
     engine.restore_seconds += time.perf_counter() - started
-    while engine.index.over_limit and (gone := engine.index.shrink()):
-        engine.copies.release(gone)
+    shrink_index(engine.index, engine.copies)
 
 
 def _groups(tier: SsdTier) -> dict[TreeId, list[RecoveredRecord]]:
