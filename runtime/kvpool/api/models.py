@@ -8,7 +8,7 @@ from kvpool.api.model import NO_BLANKS, Bytes, Fault, Model, Number, refuse
 from kvpool.api.quantity import Quantity
 from kvpool.api.serving import Serving
 
-_ONLY_A_LIMIT = "takes a limit only: the pods share this tier, and it evicts by its own rules across models"
+_ONLY_A_LIMIT = "this tier takes a limit only, for all pods share it and it evicts by its own rules"
 
 
 class Quota(Model):

@@ -75,7 +75,10 @@ class Monitoring(Model):
 
 
 def _network(text: str) -> str:
-    ipaddress.ip_network(text)
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"must be a network such as 10.0.0.0/8: {error}") from error
     return text
 
 

@@ -5,7 +5,7 @@ Reads nothing but the file that it is given, and imports neither torch nor numpy
 
 from kvpool.config.changes import Change, changes, with_live_changes
 from kvpool.config.directory import default_directory
-from kvpool.config.load import load_config, load_pool
+from kvpool.config.load import dump_config, load_config, load_pool
 from kvpool.config.messages import InvalidFieldsError
 from kvpool.config.resolve import Setting, effective_settings, runtime_config
 from kvpool.config.runtime import (
@@ -49,6 +49,7 @@ __all__ = [
     "TelemetryConfig",
     "changes",
     "default_directory",
+    "dump_config",
     "effective_settings",
     "load_config",
     "load_pool",

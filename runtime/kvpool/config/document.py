@@ -20,6 +20,7 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DEPTH = 64
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+_COLLECTIONS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 
 class Document(NamedTuple):
@@ -67,14 +68,24 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, with numbers such as `1e3` as YAML 1.2 and Kubernetes have them."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The counterpart: puts texts in quotes that the loader would take for such numbers."""
+
+
+for _kind_of_yaml in (_Loader, _Dumper):
+    _kind_of_yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    )
+
+
+def yaml_text(content: object) -> str:
+    """YAML that `read_document` reads as this content again; keys in their order."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))
 
 
 def _yaml(file: FilePath, text: str, lines: dict[Path, int]) -> object:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         nodes = [node for node in _nodes(loader) if node.tag != _NULL]
         if len(nodes) > 1:
             raise ConfigError(f"{file} holds {len(nodes)} documents; it must hold one, so split it")
@@ -83,10 +94,10 @@ def _yaml(file: FilePath, text: str, lines: dict[Path, int]) -> object:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         raise ConfigError(f"{place} is not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _too_much(file) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
 
 
 def _nodes(loader: _Loader) -> Iterator[yaml.Node]:
@@ -109,8 +120,10 @@ class _Reader:
     def value(self, node: yaml.Node, path: Path) -> object:
         self._values += 1
         if self._values > MAX_VALUES or len(path) > MAX_DEPTH:
-            raise ConfigError(f"{self._file} holds more than {MAX_VALUES} values, or more than {MAX_DEPTH} levels")
+            raise _too_much(self._file)
         self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+            raise ConfigError(f"{self._place(node, path)} has the tag {node.tag}; write it without one")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -134,13 +147,17 @@ class _Reader:
         return content
 
     def _key(self, node: yaml.Node, path: Path) -> str:
-        where = f"{self._file}:{node.start_mark.line + 1}: {printed_path(path) or 'the file'}"
         if node.tag == _MERGE:
-            raise ConfigError(f"{where} has a merge key (<<), which is not followed; write the fields out")
+            raise ConfigError(
+                f"{self._place(node, path)} has a merge key (<<), which is not followed; write the fields out"
+            )
         key = self._loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
         if not isinstance(key, str):
-            raise ConfigError(f"{where} has a key that is not text; put it in quotes")
+            raise ConfigError(f"{self._place(node, path)} has a key that is not text; put it in quotes")
         return key
+
+    def _place(self, node: yaml.Node, path: Path) -> str:
+        return f"{self._file}:{node.start_mark.line + 1}: {printed_path(path) or 'the file'}"
 
 
 def _json(file: FilePath, text: str) -> object:
@@ -154,7 +171,9 @@ def _json(file: FilePath, text: str) -> object:
 
     try:
         content = json.loads(text, object_pairs_hook=unique) if text.strip() else None
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _too_much(file) from error
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
     _refuse_depth(file, content, 0)
     return content
@@ -162,9 +181,13 @@ def _json(file: FilePath, text: str) -> object:
 
 def _refuse_depth(file: FilePath, value: object, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise ConfigError(f"{file} holds more than {MAX_DEPTH} levels")
+        raise _too_much(file)
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _refuse_depth(file, child, depth + 1)
+
+
+def _too_much(file: FilePath) -> ConfigError:
+    return ConfigError(f"{file} holds more than {MAX_VALUES} values, or more than {MAX_DEPTH} levels")
 
 
 def _kind(content: object) -> str:

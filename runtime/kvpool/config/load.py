@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvpool.api.model import Path
 from kvpool.api.pool import API_VERSION, KIND, KVCachePool
-from kvpool.config.document import Document, read_document
+from kvpool.config.document import Document, read_document, yaml_text
 from kvpool.config.messages import Complaint, InvalidFieldsError, complaints
 from kvpool.config.resolve import runtime_config
 from kvpool.config.runtime import RuntimeConfig
@@ -32,6 +32,11 @@ def load_config(path: FilePath) -> RuntimeConfig:
         return runtime_config(pool)
     except InvalidFieldsError as error:
         raise _located(document, error.complaints) from error
+
+
+def dump_config(config: RuntimeConfig) -> str:
+    """The YAML of a file from which `load_config` reads the same configuration."""
+    return yaml_text(config.model_dump(mode="json"))
 
 
 def load_pool(path: FilePath) -> KVCachePool:
