@@ -72,7 +72,8 @@ install_cpu_torch() { # DIRECTORY
 import tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
 print(next(line for line in extras["transformers"] if line.startswith("torch")))')
-    if "$python" -m pip index versions torch "${PIP_OPTIONS[@]}" --index-url "$TORCH_CPU_INDEX" \
+    # Without PIP_FIND_LINKS, for a wheel that lies there would answer in the index's place.
+    if PIP_FIND_LINKS="" "$python" -m pip index versions torch "${PIP_OPTIONS[@]}" --index-url "$TORCH_CPU_INDEX" \
         --timeout "$TORCH_CPU_INDEX_TIMEOUT_S" --retries 0 >/dev/null 2>&1; then
         say "no NVIDIA GPU here: taking the CPU build of torch"
         pip_install "$1" --no-deps --index-url "$TORCH_CPU_INDEX" "$torch" && return
@@ -114,6 +115,7 @@ set_up_operator() {
     pip_install build/operator-venv --no-deps --force-reinstall .
 }
 
+trap 'exit 130' INT TERM # pip ends by itself then, and its failure must not look like one of the index
 exec 9<"${BASH_SOURCE[0]}" # one at a time: the lock is on this script itself
 flock 9
 case "${1:-}" in
