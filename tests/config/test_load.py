@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,10 @@ def test_all_that_is_wrong_is_listed_line_by_line(tmp_path: Path) -> None:
 def test_a_value_that_does_not_fit_a_profile_or_default_is_refused_and_told_so(
     tmp_path: Path, spec: str, message: str
 ) -> None:
-    assert complaint(written(tmp_path, f"{HEADER}spec:\n  {spec}\n")) == message
+    file = written(tmp_path, f"{HEADER}spec:\n  {spec}\n")
+    assert complaint(file) == message
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_pool(file)
 
 
 def test_a_file_that_cannot_be_read_gets_one_line(tmp_path: Path) -> None:

@@ -27,11 +27,7 @@ def load_config(path: FilePath) -> RuntimeConfig:
     document = read_document(path)
     if _kind(document) == _RUNTIME_KIND:
         return _validated(document, RuntimeConfig)
-    pool = _pool(document)
-    try:
-        return runtime_config(pool)
-    except InvalidFieldsError as error:
-        raise _located(document, error.complaints) from error
+    return _resolved(document, _pool(document))
 
 
 def dump_config(config: RuntimeConfig) -> str:
@@ -40,12 +36,14 @@ def dump_config(config: RuntimeConfig) -> str:
 
 
 def load_pool(path: FilePath) -> KVCachePool:
-    """Read a `KVCachePool`, whose `status` is passed over. Raises `ConfigError` as `load_config` does."""
+    """Read a `KVCachePool` that can be used, without its `status`. Raises `ConfigError` as `load_config` does."""
     document = read_document(path)
     kind = _kind(document)
     if kind != KIND:
         raise ConfigError(f"{document.place(('kind',))}: kind is {kind}; it must be {KIND} here")
-    return _pool(document)
+    pool = _pool(document)
+    _resolved(document, pool)
+    return pool
 
 
 def _kind(document: Document) -> str:
@@ -72,6 +70,13 @@ def _pool(document: Document) -> KVCachePool:
     if empty:
         raise _located(document, empty)
     return _validated(document, KVCachePool, without="status")
+
+
+def _resolved(document: Document, pool: KVCachePool) -> RuntimeConfig:
+    try:
+        return runtime_config(pool)
+    except InvalidFieldsError as error:
+        raise _located(document, error.complaints) from error
 
 
 def _empty(value: object, path: Path) -> Iterator[Path]:
