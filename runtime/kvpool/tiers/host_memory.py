@@ -75,8 +75,9 @@ def _numbers(file: Path) -> dict[str, int]:
     """The lines `name number [kB]` of a file, in bytes."""
     numbers = {}
     for line in _lines(file):
-        name, number, *unit = line.split()
-        numbers[name] = int(number) * (1024 if unit else 1)
+        match line.split():
+            case [name, number, *unit] if number.isdigit():
+                numbers[name] = int(number) * (1024 if unit else 1)
     return numbers
 
 

@@ -106,27 +106,15 @@ class RamTier:
         Raises `ValueError` for a buffer that is not whole pages (nothing is stored then).
         """
         self._check_open()
-        sources = [_whole_pages(record) for record in records]
-        places: list[int | None] = []
-        for source in sources:
-            place = self.slab.allocate(source.nbytes)
-            if place is not None:
-                np.copyto(self.slab.view(place), source)
-            places.append(place)
-        return places
+        return [self._put(source) for source in [_whole_pages(record) for record in records]]
 
     def get(self, places: Sequence[int], into: Sequence[Buffer]) -> list[bool]:
         """Copy each record into its buffer; False where the place is not in use.
 
-        Raises `ValueError` where a buffer has not its record's length (nothing is copied then).
+        Raises `ValueError` where a buffer cannot be written, or has not its record's length (nothing is copied then).
         """
         self._check_open()
-        wanted: list[tuple[Bytes, Bytes] | None] = []
-        for place, buffer in zip(places, into, strict=True):
-            record, target = self._view_if_used(place), np.frombuffer(buffer, np.uint8)
-            if record is not None and record.nbytes != target.nbytes:
-                raise ValueError(f"the record at {place:#x} has {record.nbytes} bytes; its buffer {target.nbytes}")
-            wanted.append(None if record is None else (target, record))
+        wanted = [self._pair(place, buffer) for place, buffer in zip(places, into, strict=True)]
         for pair in wanted:
             if pair is not None:
                 np.copyto(*pair)
@@ -184,6 +172,26 @@ class RamTier:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise TierUnavailableError(TierName.RAM, "it was closed")
+
+    def _put(self, source: Bytes) -> int | None:
+        place = self.slab.allocate(source.nbytes)
+        if place is None:
+            self._check_open()
+            return None
+        view = self._view_if_used(place)
+        if view is None:
+            raise TierUnavailableError(TierName.RAM, "it was closed meanwhile")
+        np.copyto(view, source)
+        return place
+
+    def _pair(self, place: int, buffer: Buffer) -> tuple[Bytes, Bytes] | None:
+        """Where the record goes, and the record; None where the place is not in use."""
+        record, target = self._view_if_used(place), np.frombuffer(buffer, np.uint8)
+        if not target.flags.writeable:
+            raise ValueError(f"the buffer for the record at {place:#x} cannot be written")
+        if record is not None and record.nbytes != target.nbytes:
+            raise ValueError(f"the record at {place:#x} has {record.nbytes} bytes; its buffer {target.nbytes}")
+        return None if record is None else (target, record)
 
     def _view_if_used(self, place: int) -> Bytes | None:
         try:
