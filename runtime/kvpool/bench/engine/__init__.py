@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvpool.bench.area import Benchmark
-from kvpool.bench.engine import index, matching, ram, slots
+from kvpool.bench.engine import index, matching, pressure, process, ram, slots, ssd, startup, traces
 
 BENCHMARKS: Sequence[Benchmark] = (
     Benchmark("match", "find and lease a prompt among 10,000 others", matching.run),
@@ -11,4 +11,11 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark("index", "memory per block; blocks inserted and evicted", index.run),
     Benchmark("slots", "the slab allocator: time per slot, share served from the pool", slots.run),
     Benchmark("ram", "store and copy out, beside memcpy", ram.run),
+    Benchmark("ssd", "write and cold read, beside raw O_DIRECT", ssd.run),
+    Benchmark("full", "store into a full pool, everything wanted on ssd", pressure.run_full),
+    Benchmark("latency", "match and lease while two threads store", pressure.run_latency),
+    Benchmark("startup", "open a pool that holds 100,000 blocks", startup.run),
+    Benchmark("process", "memory beyond the capacities, CPU when idle", process.run),
+    Benchmark("replay", "hit ratios of a trace, beside an exact LRU", traces.run_replay),
+    Benchmark("wear", "bytes written to the disk for each byte saved, on a trace", traces.run_wear),
 )
