@@ -2,7 +2,7 @@
 
 What is on disk is a mark at or above what was spent: before spending passes the mark, a higher one is made durable. So
 a crash can only charge too much (at most one step, 1/256 of the budget), and the file is written at most some 256 times
-a day. Calls of `charge` are made under the tier's lock; `keep_mark` does I/O and has a lock of its own.
+a day. Safe from any thread; `keep_mark` and `close` do I/O, and no other call waits for them.
 """
 
 import logging
@@ -31,6 +31,7 @@ class DailyBudget:
         self._disk = disk
         self._path = directory / BUDGET_NAME
         self._clock = clock
+        self._lock = threading.Lock()
         self._file_lock = threading.Lock()
         self._day, self._spent = self._read()
         self._mark_day, self._mark = self._day, self._spent
@@ -38,36 +39,46 @@ class DailyBudget:
     @property
     def spent_bytes(self) -> int:
         """Written today."""
-        self._roll_over()
-        return self._spent
+        with self._lock:
+            self._roll_over()
+            return self._spent
 
-    def charge(self, nbytes: int, *, always: bool = False) -> bool:
-        """Count `nbytes`; False, and nothing counted, where the budget has no room (and not `always`)."""
-        self._roll_over()
-        if not always and self.limit_bytes is not None and self._spent + nbytes > self.limit_bytes:
-            return False
-        self._spent += nbytes
-        return True
+    def allows(self, nbytes: int) -> bool:
+        """Whether there is room for `nbytes` more today."""
+        limit_bytes = self.limit_bytes
+        return limit_bytes is None or self.spent_bytes + nbytes <= limit_bytes
+
+    def charge(self, nbytes: int) -> None:
+        """Count `nbytes` as spent, whether they were allowed or not."""
+        with self._lock:
+            self._roll_over()
+            self._spent += nbytes
 
     def keep_mark(self) -> None:
         """Make the mark durable if spending has passed it. Raises `OSError`."""
-        if self._marked():
+        if self._wanted_mark() is None:
             return
         with self._file_lock:
-            if not self._marked():
-                self._write(self._day, self._spent + self._step())
+            mark = self._wanted_mark()
+            if mark is not None:
+                self._write(*mark)
 
     def close(self) -> None:
         """Write what was spent exactly. Raises `OSError`."""
         with self._file_lock:
-            self._roll_over()
-            self._write(self._day, self._spent)
+            with self._lock:
+                self._roll_over()
+                day, spent = self._day, self._spent
+            self._write(day, spent)
 
-    def _marked(self) -> bool:
-        return self._mark_day == self._day and self._spent <= self._mark
-
-    def _step(self) -> int:
-        return _UNLIMITED_STEP_BYTES if self.limit_bytes is None else max(PAGE_BYTES, self.limit_bytes // _STEPS)
+    def _wanted_mark(self) -> tuple[int, int] | None:
+        """The day and the mark that ought to be on disk; None where what is there will do."""
+        with self._lock:
+            if self._mark_day == self._day and self._spent <= self._mark:
+                return None
+            limit_bytes = self.limit_bytes
+            step = _UNLIMITED_STEP_BYTES if limit_bytes is None else max(PAGE_BYTES, limit_bytes // _STEPS)
+            return self._day, self._spent + step
 
     def _roll_over(self) -> None:
         today = self._today()
@@ -87,4 +98,5 @@ class DailyBudget:
 
     def _write(self, day: int, spent: int) -> None:
         replace_small_file(self._disk, self._path, b"day=%d spent=%d\n" % (day, spent))
-        self._mark_day, self._mark = day, spent
+        with self._lock:
+            self._mark_day, self._mark = day, spent

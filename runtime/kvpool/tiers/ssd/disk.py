@@ -61,6 +61,10 @@ class Disk(Protocol):
         """Return once what was written is durable."""
         ...
 
+    def sync_directory(self, directory: Path) -> None:
+        """Return once the names that were given and taken in `directory` are durable."""
+        ...
+
     def rename(self, old: Path, new: Path) -> None:
         """Give `old` the name `new`, in one step."""
         ...
@@ -121,6 +125,14 @@ class PosixDisk:
     def fdatasync(self, fd: int) -> None:
         """As the protocol says."""
         os.fdatasync(fd)
+
+    def sync_directory(self, directory: Path) -> None:
+        """As the protocol says."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def rename(self, old: Path, new: Path) -> None:
         """As the protocol says."""

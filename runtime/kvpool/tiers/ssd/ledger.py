@@ -85,30 +85,25 @@ class Segment:
         footer = footer_pages(len(self.places) + 1, self.variable_bytes + variable_bytes)
         return (self.next_page + pages + footer) * PAGE_BYTES <= self.file_bytes
 
-    def reserve(self, pages: int) -> int:
-        """Take the next pages; the index of the new record, which is neither live nor dead until its write ended."""
-        index = len(self.places)
-        self.places.append(packed(self.id, self.next_page, pages))
+    def reserve(self, pages: int, entry: Entry) -> int:
+        """Take the next pages; the place of the new record, which is neither live nor dead until its write ended."""
+        place = packed(self.id, self.next_page, pages)
+        self.places.append(place)
         self.states.append(_PENDING)
-        self.next_page += pages
-        return index
-
-    def note_entry(self, entry: Entry) -> None:
-        """Keep the footer's part of the record just reserved."""
         self.entries.append(entry)
         self.variable_bytes += len(entry.variable)
-
-    def publish(self, index: int) -> int:
-        """The write of record `index` ended: from now on it can be read. Returns its place."""
-        place = self.places[index]
-        self.states[index] = _LIVE
-        self.live_bytes += bytes_of(place)
-        self.live_records += 1
+        self.next_page += pages
         return place
 
-    def abandon(self, index: int) -> None:
-        """The write of record `index` failed: its pages are a gap."""
-        self.states[index] = _DEAD
+    def publish(self, place: int) -> None:
+        """The write of the record reserved at `place` ended: from now on it can be read."""
+        self._end_reservation(place, _LIVE)
+        self.live_bytes += bytes_of(place)
+        self.live_records += 1
+
+    def abandon(self, place: int) -> None:
+        """The write of the record reserved at `place` failed: its pages are a gap."""
+        self._end_reservation(place, _DEAD)
 
     def adopt(self, header: Header, places: Iterable[int], next_page: int, variable_bytes: int) -> None:
         """Take over what recovery found, in order of pages."""
@@ -152,6 +147,12 @@ class Segment:
         self.phase = Phase.GONE
         self.places, self.states, self.entries = array("Q"), bytearray(), []
         self.live_bytes = self.live_records = 0
+
+    def _end_reservation(self, place: int, state: int) -> None:
+        index = self._index(place)
+        assert index is not None
+        assert self.states[index] == _PENDING
+        self.states[index] = state
 
     def _index(self, place: int) -> int | None:
         index = bisect_left(self.places, place)

@@ -44,7 +44,8 @@ class DirectoryLock:
         """Let others in. Safe to call again."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            self._disk.close(fd)
+            with suppress(OSError):  # the descriptor is gone all the same, and the lock with it
+                self._disk.close(fd)
 
 
 def _write_holder(disk: Disk, fd: int, now: float) -> None:

@@ -36,6 +36,10 @@ def check_marker(disk: Disk, directory: Path) -> None:
 
 
 def write_marker(disk: Disk, directory: Path) -> None:
-    """Say that the directory is in our format, unless it says so already. Raises `OSError`."""
+    """Say that the directory is in our format, unless it says so already. The caller holds its lock.
+
+    Raises as `check_marker` does: a newer program may have had the directory until the lock was ours.
+    """
+    check_marker(disk, directory)
     if read_small_file(disk, directory / MARKER_NAME) != _OURS:
         replace_small_file(disk, directory / MARKER_NAME, _OURS)

@@ -102,16 +102,17 @@ def _check(header: Header, segment_id: int, file_bytes: int) -> None:
         raise SegmentFormatError("foreign")
 
 
-def _read_header(file: SegmentFile, file_bytes: int) -> Header | SegmentFormatError:
+def _read_header(file: SegmentFile, file_bytes: int) -> Header | SegmentFormatError | OSError:
+    """The header, or why there is none: the footer may make up for it."""
     if file_bytes < 2 * PAGE_BYTES:
         return SegmentFormatError("size")
     with file.scratch.lend() as piece:
         page = piece[:PAGE_BYTES]
-        if file.read_into(page, 0) != PAGE_BYTES:
-            return SegmentFormatError("size")
         try:
+            if file.read_into(page, 0) != PAGE_BYTES:
+                return SegmentFormatError("size")
             return decode_header(page)
-        except SegmentFormatError as error:
+        except (SegmentFormatError, OSError) as error:
             return error
 
 
@@ -121,7 +122,8 @@ class _Tail:
     def __init__(self, file: SegmentFile, file_bytes: int) -> None:
         self._file = file
         self._file_bytes = file_bytes
-        self._bytes = self._read(min(_TAIL_BYTES, file_bytes)) if file_bytes % PAGE_BYTES == 0 else None
+        whole_pages = file_bytes > 0 and file_bytes % PAGE_BYTES == 0
+        self._bytes = self._read(min(_TAIL_BYTES, file_bytes)) if whole_pages else None
 
     def trailer(self) -> Trailer | None:
         """The trailer, or None where there is none to be trusted."""

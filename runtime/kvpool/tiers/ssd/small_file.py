@@ -16,14 +16,20 @@ def read_small_file(disk: Disk, path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        buffer = bytearray(MAX_SMALL_FILE_BYTES)
-        return bytes(buffer[: disk.preadv(fd, [buffer], 0)])
+        data = b""
+        while len(data) < MAX_SMALL_FILE_BYTES:
+            buffer = bytearray(MAX_SMALL_FILE_BYTES - len(data))
+            count = disk.preadv(fd, [buffer], len(data))
+            if count == 0:
+                break
+            data += buffer[:count]
+        return data
     finally:
         disk.close(fd)
 
 
 def replace_small_file(disk: Disk, path: Path, data: bytes) -> None:
-    """Write `data` beside `path` durably and give it that name. Raises `OSError`; `path` is as before then."""
+    """Write `data` beside `path` and give it that name, durably. Raises `OSError`; `path` is as before then, or new."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with suppress(FileNotFoundError):
         disk.unlink(temporary)
@@ -35,3 +41,4 @@ def replace_small_file(disk: Disk, path: Path, data: bytes) -> None:
     finally:
         disk.close(fd)
     disk.rename(temporary, path)
+    disk.sync_directory(path.parent)

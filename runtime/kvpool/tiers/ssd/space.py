@@ -35,7 +35,7 @@ from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.ssd.ledger import Phase, Segment
 from kvpool.tiers.ssd.lock import LOCK_NAME
 from kvpool.tiers.ssd.marker import MARKER_NAME
-from kvpool.tiers.ssd.place import MAX_SEGMENT_PAGES, SEGMENT_IDS
+from kvpool.tiers.ssd.place import MAX_RECORD_PAGES, MAX_SEGMENT_PAGES, SEGMENT_IDS
 from kvpool.tiers.ssd.scratch import Scratch
 from kvpool.tiers.ssd.segment import FIRST_RECORD_PAGE, NO_FINGERPRINT, Header, encode_header, footer_pages
 from kvpool.tiers.ssd.segment_file import SegmentFile
@@ -149,6 +149,11 @@ class Space:
         """Whether a segment of this size may be made, with blanks given up for it. Under the lock."""
         return file_bytes + (0 if reclaim else self._spare_bytes(file_bytes)) <= self._available_bytes()
 
+    def can_hold(self, pages: int, variable_bytes: int) -> bool:
+        """Whether a record of this size finds room once everything else is gone. Under the lock."""
+        file_bytes = self._size_for(pages, variable_bytes)
+        return pages <= MAX_RECORD_PAGES and SMALL_FILES_BYTES + 2 * file_bytes <= self.capacity_bytes
+
     def free_segments(self) -> int:
         """Segments that may yet be made without the spare; sealed ones without records count. Under the lock."""
         dead = sum(segment.file_bytes for segment in self.dead_segments())
@@ -166,7 +171,10 @@ class Space:
         ]
 
     def create(self, fingerprint: Fingerprint, pages: int, variable_bytes: int, *, reclaim: bool) -> Segment | None:
-        """An open, empty segment for records of this size; None: no room. Does I/O; raises `OSError`."""
+        """An open, empty segment for records of this size, of which the caller is counted a writer; None: no room.
+
+        Does I/O; raises `OSError`.
+        """
         with self._lock:
             file_bytes = self._size_for(pages, variable_bytes)
             allowed = self.may_add(file_bytes, reclaim=reclaim)
@@ -215,9 +223,15 @@ class Space:
         self._unlink(segment.path, segment.file_bytes)
 
     def keep_blank(self, segment: Segment) -> None:
-        """Recovery found that the file holds nothing: it can be used again. Under the lock."""
-        self.remove(segment)
-        self._blanks.append(Blank(segment.path, segment.file_bytes))
+        """Start-up found that the file holds nothing: it can be used again. Does I/O."""
+        self.descriptors.close(segment)
+        with self._lock:
+            self.remove(segment)
+            self._blanks.append(Blank(segment.path, segment.file_bytes))
+
+    def sync_names(self) -> None:
+        """Return once every segment's name is durable. Does I/O; raises `OSError`."""
+        self._disk.sync_directory(self._directory)
 
     def shrink(self) -> None:
         """Unlink blanks while there is more than the capacity allows. Does I/O; raises `OSError`."""
@@ -299,7 +313,10 @@ class Space:
         return Blank(path, file_bytes)
 
     def _begin(self, blank: Blank, fingerprint: Fingerprint) -> Segment:
-        """Turn a blank into an open segment under a new id. Does I/O; raises `OSError`, the blank is then kept."""
+        """Turn a blank into an open segment under a new id. Does I/O; raises `OSError`, the blank is gone then.
+
+        A blank whose first page cannot be written must not be tried again and again.
+        """
         path = blank.path
         with self._lock:
             segment_id = self._next_id()
@@ -312,19 +329,21 @@ class Space:
             self.file(segment).write_pages(encode_header(header), 0)
         except OSError:
             self.descriptors.close(segment)
-            with self._lock:
-                self._blanks.append(Blank(path, blank.file_bytes))
+            with suppress(OSError):  # counted as litter then
+                self._unlink(path, blank.file_bytes)
             raise
         with self._lock:
-            segment.writers = 0
             self._include(segment)
         return segment
 
     def _blank(self, segment: Segment) -> bool:
+        """Make the file say that it holds nothing: the footer goes first, or a damaged header would bring it back."""
         header = Header(segment.id, secrets.randbits(64), NO_FINGERPRINT, segment.file_bytes, 0, blank=True)
         segment.writers = 1  # so that its descriptor stays
         try:
-            self.file(segment).write_pages(encode_header(header), 0)
+            file = self.file(segment)
+            file.write_pages(bytes(PAGE_BYTES), segment.file_bytes - PAGE_BYTES)
+            file.write_pages(encode_header(header), 0)
         except OSError as error:
             _log.warning("ssd tier: blanking %s: %s; it is unlinked instead", segment.path.name, error)
             return False

@@ -1,5 +1,7 @@
-"""What the ssd tier counted; a snapshot, collected when it is asked for."""
+"""What the ssd tier counts, and a snapshot of it, collected when it is asked for."""
 
+import threading
+from collections import Counter
 from typing import NamedTuple
 
 
@@ -29,3 +31,24 @@ class SsdStats(NamedTuple):
     segments: int
     free_segments: int
     spent_today_bytes: int
+
+
+_COUNTED = SsdStats._fields[: SsdStats._fields.index("live_records")]
+
+
+class Counts:
+    """Adds up the first fields of `SsdStats`. Safe from any thread, and under any other lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, **increases: int) -> None:
+        """Count each of these up."""
+        with self._lock:
+            self._counts.update(increases)
+
+    def snapshot(self) -> dict[str, int]:
+        """All of them, by field."""
+        with self._lock:
+            return {name: self._counts[name] for name in _COUNTED}
