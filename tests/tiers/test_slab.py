@@ -221,6 +221,14 @@ def test_the_fuller_extents_fill_up_and_the_sparser_ones_drain(slab: Slab) -> No
     assert region(slab.allocate(SMALL) or 0) == region(second[0])
 
 
+def test_an_extent_that_became_empty_is_used_last(slab: Slab) -> None:
+    slots = fill(slab, SMALL)
+    slab.free(slots[63])
+    slab.free_many(slots[16:32])
+    assert region(slab.allocate(SMALL) or 0) == region(slots[63])
+    assert slab.allocate(LARGE) is not None
+
+
 def test_memory_that_the_system_refuses_is_no_room_and_not_an_error() -> None:
     slab = Slab(1 << 60)
     assert slab.allocate(1 << 50) is None
@@ -407,11 +415,11 @@ def test_several_extents_are_named_where_one_is_too_small(slab: Slab) -> None:
 def test_nothing_is_moved_into_an_empty_extent_that_is_counted_on(slab: Slab) -> None:
     slots = fill(slab, SMALL)
     slab.free_many(slots[:16])  # one is empty
-    slab.free_many([slot for slot in slots[16:] if slot & INDEX_MASK < 6])
-    occupied = slab.movable_extent(2 * EXTENT)
-    assert occupied
-    moved = move(slab, occupied)
-    assert {region(slot) for slot in moved}.isdisjoint({region(slots[0]), region(occupied[0])})
+    occupied = slab.sparse_extent(2 * EXTENT)
+    assert occupied is not None
+    assert len(occupied) == 16
+    assert slab.allocate(SMALL) is None
+    slab.free_many(occupied)
     assert slab.allocate(2 * EXTENT) is not None
 
 

@@ -429,12 +429,13 @@ class Slab:
                 extent.unmap()
             return
         stack = self._stacks[extent.slot_bytes]
-        if extent.is_empty:
-            self._unstack(extent)
-            stack.insert(0, extent)
-            self._empty[extent.number] = extent
-        else:
+        if len(extent.free) < extent.slots:
             stack.append(extent)
+        else:
+            self._empty[extent.number] = extent
+            if not stack or stack[0] is not extent:
+                self._unstack(extent)
+                stack.insert(0, extent)
         if self._claimed:
             self._release_claim(extent.slot_bytes)
 
