@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec, StoreResult
 from kvpool.prefix.integrity import check_integrity
-from kvpool.prefix.node import RAM
+from kvpool.prefix.node import NOWHERE, RAM, SSD
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
 
@@ -56,8 +57,12 @@ def config(
     read_ahead: bool = True,
     **ssd_options: Any,
 ) -> RuntimeConfig:
-    """A pool of two tiers; `ssd` None: of one. Without the second-hit filter, unless `ssd_options` say otherwise."""
-    ssd_section = None if ssd is None else {"capacityBytes": ssd, "secondHit": False, **ssd_options}
+    """A pool of two tiers; `ssd` None: of one.
+
+    Unless `ssd_options` say otherwise, without the second-hit filter, and with a budget that a busy machine keeps.
+    """
+    defaults = {"secondHit": False, "budgetS": DEADLINE_S}
+    ssd_section = None if ssd is None else {"capacityBytes": ssd, **defaults, **ssd_options}
     return RuntimeConfig.model_validate(
         {
             "name": "test",
@@ -166,6 +171,13 @@ def fill_ram(model: Model, blocks: int, seed: int = 900) -> None:
     store(model, prompt(blocks, seed=seed))
 
 
+def empty_ram(pool: Pool) -> None:
+    """Evict all that may go from RAM, as if others had needed the room."""
+    engine = pool._engine
+    while gone := engine.index.evict(RAM, engine.ram.capacity_bytes):
+        engine.copies.release(gone)
+
+
 def flushed(pool: Pool) -> None:
     assert pool.flush(DEADLINE_S), "the write queue does not drain"
 
@@ -181,9 +193,11 @@ def eventually(condition: Callable[[], bool], what: str, deadline_s: float = DEA
 def check(pool: Pool, leases: Iterable[Lease] | None = None) -> None:
     """Fail unless index, tiers and counters agree, and the capacities hold.
 
-    `leases` are all that are open, and nothing is being written then; None: not known.
+    `leases` are all that are open: then what is being written is waited for. None: not known.
     """
     engine = pool._engine
+    if leases is not None:
+        flushed(pool)
     check_integrity(engine.index, None if leases is None else [lease._pin for lease in leases if lease._pin])
     engine.ram.slab.check_integrity()
     for tier in pool.stats().tiers.values():
@@ -200,10 +214,27 @@ def ram_places(pool: Pool) -> list[int]:
         return [place for tree in trees for node in tree.nodes() for place in node.places[RAM] or () if place >= 0]
 
 
+def check_chains_on_ssd(pool: Pool) -> None:
+    """Fail unless a block on SSD has all blocks before it there too: then a restart can match every one."""
+    index = pool._engine.index
+    with index.lock:
+        for tree in index.trees.values():
+            for node in tree.nodes():
+                places = node.places[SSD]
+                assert places is None or NOWHERE not in places, "no gap within an edge"
+                above = node.parent
+                whole = above is None or above.parent is None or len(above.places[SSD] or ()) == above.blocks
+                assert places is None or whole, "none above it"
+
+
 def segment_files(directory: Path) -> Iterator[Path]:
     yield from sorted((directory / "ssd").glob("*.segment"))
 
 
 def disk_usage(directory: Path) -> int:
     """Bytes that the files of the ssd tier occupy, as `du` counts them."""
-    return sum(file.stat().st_blocks * 512 for file in (directory / "ssd").iterdir())
+    nbytes = 0
+    for file in (directory / "ssd").iterdir():
+        with suppress(FileNotFoundError):  # it was freed, or renamed, just now
+            nbytes += file.stat().st_blocks * 512
+    return nbytes

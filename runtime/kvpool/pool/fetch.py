@@ -71,7 +71,7 @@ class Fetch:
         budget_s: float,
         window_bytes: int,
     ) -> Fetch:
-        """Start to read `batches`, at most `window_bytes` ahead of `slot`, one batch at least."""
+        """Start to read `batches`, some `window_bytes` ahead of `slot`; 0: none before it is needed."""
         fetch = cls(parts, pin, payload_bytes, record_bytes, budget_s, window_bytes, deque(batches))
         fetch._submit()
         return fetch
@@ -114,7 +114,8 @@ class Fetch:
             return False
         self._flying.popleft()
         self._current = batch, job
-        self._submit()
+        if self.window_bytes:
+            self._submit()
         return True
 
     def _submit(self) -> None:

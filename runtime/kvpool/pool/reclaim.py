@@ -6,6 +6,7 @@ against the daily write budget; where that, or the room, does not allow it, they
 
 import logging
 import threading
+from collections.abc import Callable
 from itertools import accumulate
 
 from kvpool.blocks.record import Corruption, CorruptRecordError, check_payload, read_head
@@ -16,6 +17,7 @@ from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import SSD, Node
 from kvpool.prefix.reclaiming import (
     Living,
+    is_leased,
     last_use,
     living,
     remove_below,
@@ -51,22 +53,36 @@ class Reclaimer:
     def make_room(self) -> None:
         """Free segments until writes need not be refused soon, or none can be freed."""
         tier = self._store.tier
-        if tier is None or not tier.wants_room():
-            return
-        with self._lock:
-            while tier.wants_room() and self._free_one(tier):
-                pass
+        if tier is not None and tier.wants_room():
+            self._free_while(tier, tier.wants_room)
+
+    def make_room_now(self) -> bool:
+        """Free segments, for a write has found no room; False when there is none all the same."""
+        tier = self._store.tier
+        return tier is not None and self._free_while(tier, lambda: not tier.free_segments)
 
     def shrink(self) -> None:
         """Free segments until the tier is within its capacity, which was lowered, or none can be freed."""
         tier = self._store.tier
-        with self._lock:
-            while tier is not None and tier.used_bytes > tier.capacity_bytes and self._free_one(tier):
-                pass
+        if tier is not None and tier.used_bytes > tier.capacity_bytes:
+            self._free_while(tier, lambda: tier.used_bytes > tier.capacity_bytes)
 
-    def _free_one(self, tier: SsdTier) -> bool:
+    def _free_while(self, tier: SsdTier, wanted: Callable[[], bool]) -> bool:
+        """Free segments until none is wanted any more; False if some still is.
+
+        Those that this makes itself are left alone: what was just written again must not be written again at once.
+        """
+        with self._lock:
+            begun = {info.id for info in tier.segments()}
+            while wanted():
+                if not self._free_one(tier, begun):
+                    return False
+            return True
+
+    def _free_one(self, tier: SsdTier, begun: set[int]) -> bool:
         sealed = sorted(
-            (info for info in tier.segments() if info.sealed and not info.readers), key=lambda info: info.created
+            (info for info in tier.segments() if info.sealed and not info.readers and info.id in begun),
+            key=lambda info: info.created,
         )
         by_cost = sorted(sealed[:CANDIDATES], key=self._cost)
         return any(self._free(tier, info.id) for info in by_cost)
@@ -77,12 +93,16 @@ class Reclaimer:
         return info.live_bytes / info.file_bytes * (0.1 + recency)
 
     def _free(self, tier: SsdTier, segment: int) -> bool:
+        if is_leased(self._index, segment):
+            return False
         for node in residents(self._index, segment):
             while gone := vacate_leaves(self._index, node, segment):
                 self._copies.release(gone)
         for node in residents(self._index, segment):
             if not self._empty(node, segment):
                 return False
+        if tier.places_in(segment):  # just written, and not yet entered in the index: by a writer that is about to
+            return False
         try:
             if not tier.free_segment(segment):
                 return False

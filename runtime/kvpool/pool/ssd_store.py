@@ -43,6 +43,7 @@ class SsdStore:
         self.clock = clock
         self._open_tier = open_tier
         self._lock = threading.Lock()
+        self._refused_no_room = 0
 
     @property
     def configured(self) -> bool:
@@ -103,6 +104,15 @@ class SsdStore:
             return [None] * len(records)
         self.writes.succeeded()
         return places
+
+    def ran_out_of_room(self) -> bool:
+        """Whether a write was refused for want of room, not of daily budget, since this was asked last."""
+        if self.tier is None:
+            return False
+        refused = self.tier.stats().refused_no_room
+        with self._lock:
+            before, self._refused_no_room = self._refused_no_room, refused
+        return refused > before
 
     def drop(self, places: Sequence[int]) -> None:
         """Forget records."""

@@ -21,6 +21,7 @@ from kvpool.prefix import saving
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import Node
 from kvpool.prefix.saving import Idle, Run
+from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import TierName
 
 MAX_QUEUED_NODES = 65_536
@@ -169,7 +170,7 @@ class WriteBehind:
             records = [self._memory.ram.record(place) for place in run.places]
             for record, head in zip(records, run.heads, strict=True):
                 seal(record, head)
-            written = self._store.write(records)
+            written = self._append(records)
             if None in written:  # a chain has no gaps: what comes after one cannot be reached
                 taken = written.index(None)
                 self._store.drop([place for place in written[taken:] if place is not None])
@@ -177,6 +178,15 @@ class WriteBehind:
         finally:
             self._store.drop(saving.finish(self._index, run, written))
         return self._count(run, written)
+
+    def _append(self, records: list[Bytes]) -> list[int | None]:
+        """Write records; a run for which the open segment is too short goes on once another segment was freed."""
+        written = self._store.write(records)
+        if None in written and self._store.ran_out_of_room() and self._reclaimer.make_room_now():
+            taken = written.index(None)
+            self._store.drop([place for place in written[taken:] if place is not None])
+            written[taken:] = self._store.write(records[taken:])
+        return written
 
     def _count(self, run: Run, written: list[int | None]) -> bool:
         taken = len(written) - written.count(None)

@@ -1,7 +1,8 @@
 """What lies in an SSD segment that is to be freed: the index's half of reclaiming.
 
-A record goes when nothing deeper in its tree has a copy anywhere: so trees lose their leaves, and never a block that
-others hang on. What is left has to be written again elsewhere before the segment is freed. A leased block forbids both.
+A record goes when nothing deeper in its tree lies on SSD, and its block is either in a faster tier as well or nothing
+deeper is anywhere: so trees lose their leaves, and never a block that others hang on. What is left has to be written
+again elsewhere before the segment is freed. A leased block forbids both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from kvpool.blocks.identity import KEY_BYTES, BlockKey
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import BATCH_BLOCKS, Gone, PrefixIndex
-from kvpool.prefix.node import NOWHERE, SSD, Node
+from kvpool.prefix.node import LEVELS, NOWHERE, SSD, Node
 
 
 class Living(NamedTuple):
@@ -28,6 +29,16 @@ def residents(index: PrefixIndex, segment: int) -> list[Node]:
         return sorted(index.residents[SSD].get(segment, ()), key=lambda node: -node.start)
 
 
+def is_leased(index: PrefixIndex, segment: int) -> bool:
+    """Whether a block in the segment is leased."""
+    with index.lock:
+        for node in index.residents[SSD].get(segment, ()):
+            leased = node.leased_to() - node.start
+            if leased > 0 and any(at < leased for at in index.inside(node, SSD, segment)):
+                return True
+    return False
+
+
 def last_use(index: PrefixIndex, segment: int) -> float:
     """When the segment's blocks were used, on average over its nodes, on the index's clock."""
     with index.lock:
@@ -36,15 +47,18 @@ def last_use(index: PrefixIndex, segment: int) -> float:
 
 
 def vacate_leaves(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
-    """Remove up to 32 unleased records from the end of an edge that lie in the segment and have nothing below them."""
+    """Remove up to 32 unleased records from the end of an edge that lie in the segment and that nothing hangs on."""
     gone: list[Gone] = []
+    region_of = index.region_of[SSD]
     with index.lock:
-        while len(gone) < BATCH_BLOCKS and not node.children:
-            places = node.places[SSD]
-            last = len(places) - 1 if places is not None else NOWHERE
-            if places is None or last + 1 < node.held_to() or node.start + last < node.leased_to():
+        if any(child.places[SSD] for child in node.children.values()):  # what is on SSD has its parent there
+            return gone
+        while len(gone) < BATCH_BLOCKS and (places := node.places[SSD]) is not None:
+            last = len(places) - 1
+            if node.start + last < node.leased_to() or region_of(places[last]) != segment:
                 break
-            if index.region_of[SSD](places[last]) != segment:
+            is_last_copy = not any(node.place(last, level) != NOWHERE for level in LEVELS[:SSD])
+            if is_last_copy and (node.children or last + 1 < node.held_to()):
                 break
             index._remove(node, last, last + 1, SSD, Loss.SEGMENT_FREED, gone)
     return gone
