@@ -48,7 +48,7 @@ class LocalTier(Protocol):
     def put(self, records: Sequence[Buffer]) -> list[int | None]:
         """Store each record, in order; its place, or None where there was no room (nothing is evicted here).
 
-        Each buffer is one whole record, padding included. Raises `TierUnavailableError` when the tier as a whole is out.
+        Each buffer is one whole record, padding included. Raises `TierUnavailableError` when the whole tier is out.
         """
         ...
 
