@@ -1,7 +1,7 @@
 """Areas of benchmarks, and how one is run: benchmark by benchmark, in temporary directories that are removed."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -66,13 +66,10 @@ def selected(benchmarks: Sequence[Benchmark], only: Sequence[str]) -> Sequence[B
     return [benchmark for benchmark in benchmarks if benchmark.name in wanted]
 
 
-def run(
-    benchmarks: Iterable[Benchmark], parent: Path | None, conditions: Callable[[Path], Conditions]
-) -> Iterator[Row]:
-    """The rows, as they come. What cannot be measured here yields one row with the reason."""
-    for benchmark in benchmarks:
-        with tempfile.TemporaryDirectory(prefix="kvpool-bench-", dir=parent) as directory:
-            try:
-                yield from benchmark.run(conditions(Path(directory)))
-            except UnmeasurableError as reason:
-                yield Row(benchmark.name, "", None, reason=str(reason))
+def rows_of(benchmark: Benchmark, parent: Path, conditions: Callable[[Path], Conditions]) -> Iterator[Row]:
+    """The rows, as they come. What cannot be measured here ends it with a row that has the reason."""
+    with tempfile.TemporaryDirectory(prefix=f"kvpool-bench-{benchmark.name}-", dir=parent) as directory:
+        try:
+            yield from benchmark.run(conditions(Path(directory)))
+        except UnmeasurableError as reason:
+            yield Row(benchmark.name, "", None, reason=str(reason))

@@ -1,1 +1,1 @@
-"""The `kvpool` command."""
+"""The `kvpool` command: what is typed, what is printed, and the exit code. All else is the library's."""

@@ -1,0 +1,116 @@
+"""How a pool's counters are shown: as a screen, and as a line. Pure: the same counters in, the same picture out."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from kvpool.cli.output import figure, size, table
+from kvpool.pool.stats import PoolStats, TierStats
+
+_BAR_COLUMNS = 24
+
+
+def line(stats: PoolStats) -> str:
+    """Everything that one looks for first, on one line."""
+    tiers = [
+        f"{tier.name} {size(tier.used_bytes)} of {size(tier.capacity_bytes)} ({tier.blocks:,} blocks)"
+        for tier in stats.tiers.values()
+    ]
+    hits = f"{stats.requests:,} requests, {_percent(stats.hit_ratio)} of blocks hit"
+    return "; ".join([f"mode {stats.mode}", *tiers, hits, f"{stats.stored_blocks:,} blocks stored"])
+
+
+def screen(stats: PoolStats, directory: Path, open_s: float) -> RenderableType:
+    """Tiers, traffic and models, to be drawn again and again."""
+    mode = Text(stats.mode, style="green" if stats.mode == "normal" else "bold red")
+    head = Text.assemble(
+        ("pool ", "dim"), (stats.name, "bold"), ("  mode ", "dim"), mode, ("  open for ", "dim"), _span(open_s),
+        ("  in ", "dim"), str(directory), ("  Ctrl-C closes it", "dim"),
+    )  # fmt: skip
+    parts: list[RenderableType] = [head, Text(), _tiers(stats), Text(), _counters(stats)]
+    if stats.models:
+        parts += [Text(), _models(stats)]
+    return Group(*parts)
+
+
+def _tiers(stats: PoolStats) -> Table:
+    made = table(
+        ("tier", "", "used", "capacity", "blocks", "loaded", "corrupt", "state"),
+        (),
+        right=("used", "capacity", "blocks", "loaded", "corrupt"),
+    )
+    for tier in stats.tiers.values():
+        bar = ProgressBar(max(tier.capacity_bytes, 1), tier.used_bytes, width=_BAR_COLUMNS)
+        made.add_row(
+            tier.name, bar, size(tier.used_bytes), size(tier.capacity_bytes), f"{tier.blocks:,}",
+            f"{tier.loaded_blocks:,}", f"{sum(tier.corrupt.values()):,}", _state(tier),
+        )  # fmt: skip
+    return made
+
+
+def _counters(stats: PoolStats) -> Table:
+    """Pairs of a name and a value, side by side."""
+    down, index = stats.write_behind, stats.index
+    pairs = (
+        ("requests", f"{stats.requests:,}"),
+        ("hit ratio", f"{_percent(stats.hit_ratio)} of {stats.asked_blocks:,} blocks"),
+        ("shared hits", f"{stats.shared_hit_blocks:,} blocks"),
+        ("prefill saved", _span(stats.saved_prefill_seconds)),
+        ("stored", f"{stats.stored_blocks:,} blocks, {size(stats.stored_bytes)}"),
+        ("there already", f"{stats.already_there_blocks:,} blocks"),
+        ("refused", _by_reason(stats.refused_blocks.items())),
+        ("loads cut short", f"{stats.short_loads:,}"),
+        ("saved to ssd", f"{down.saved_blocks:,} blocks, {size(down.saved_bytes)}"),
+        ("not saved", _by_reason(down.dropped_blocks.items())),
+        ("write queue", f"{down.queued_edges:,} edges"),
+        ("write amplification", f"{down.write_amplification:.2f}"),
+        ("index", f"{size(index.bytes)} of {size(index.limit_bytes)}"),
+        ("restored at start", f"{stats.restored.blocks:,} blocks in {stats.restored.seconds:.2f} s"),
+    )
+    made = Table.grid(padding=(0, 3, 0, 0))
+    for (name, value), (other_name, other_value) in zip(pairs[::2], pairs[1::2], strict=True):
+        made.add_row(Text(name, "dim"), value, Text(other_name, "dim"), other_value)
+    return made
+
+
+def _models(stats: PoolStats) -> Table:
+    rows = (
+        (model.name, size(model.record_bytes), _rate(model.prefill_tokens_per_second), model.fingerprint[:12])
+        for model in stats.models
+    )
+    columns = ("model", "a block", "prefill", "fingerprint")
+    return table(columns, rows, right=columns[1:3])
+
+
+def _state(tier: TierStats) -> Text:
+    if tier.available:
+        return Text("in use", "green")
+    return Text(f"out: {tier.last_error}" if tier.last_error else "out", "bold red")
+
+
+def _by_reason(counts: Iterable[tuple[str, int]]) -> str:
+    """`120 blocks (no-room 100, index-full 20)`."""
+    found = [(reason, blocks) for reason, blocks in counts if blocks]
+    reasons = ", ".join(f"{reason} {blocks:,}" for reason, blocks in found)
+    return f"{sum(blocks for _, blocks in found):,} blocks" + (f" ({reasons})" if reasons else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "unknown" if tokens_per_second is None else f"{figure(tokens_per_second)} tokens/s"
+
+
+def _span(seconds: float) -> str:
+    """`42 s`, `3 min 5 s`, `2 h 7 min`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

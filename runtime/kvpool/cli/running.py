@@ -1,0 +1,97 @@
+"""`kvpool run`: opens a pool and shows it until it is told to end."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.logging import RichHandler
+
+from kvpool.cli.output import print_json
+from kvpool.cli.picture import line, screen
+from kvpool.config import load_config
+from kvpool.pool.pool import CLOSE_DEADLINE_S, Pool
+from kvpool.pool.stats import PoolStats
+
+LIVE_S = 0.5
+
+
+def run(config: Path, *, directory: Path | None, every_s: float, as_json: bool) -> None:
+    """Open the pool, show it until SIGINT or SIGTERM, close it. Raises as `Pool.open` does."""
+    resolved = load_config(config)
+    out = Console(highlight=False, soft_wrap=True)
+    live = out.is_terminal and not as_json
+    _log_to(out if live else None, resolved.telemetry.log_level.upper())
+    with Pool.open(resolved, directory=directory) as pool:
+        with _told_to_end() as ended:
+            if live:
+                _show(pool, ended, out)
+            else:
+                _print_every(pool, ended, every_s, as_json=as_json)
+        notice = f"closing {pool.directory}: writing what is in ram to ssd, for at most {CLOSE_DEADLINE_S:.0f} s"
+        print(notice, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def as_object(stats: PoolStats) -> dict[str, object]:
+    """The object that `--json` prints: all counters, and the time."""
+    return {
+        "at_s": round(time.time(), 3),
+        **asdict(stats),
+        "hit_ratio": stats.hit_ratio,
+        "write_amplification": stats.write_behind.write_amplification,
+    }
+
+
+def _show(pool: Pool, ended: threading.Event, out: Console) -> None:
+    opened_s = time.monotonic()
+
+    def picture() -> RenderableType:
+        return screen(pool.stats(), pool.directory, time.monotonic() - opened_s)
+
+    with Live(picture(), console=out, auto_refresh=False) as live:
+        while not ended.wait(LIVE_S):
+            live.update(picture(), refresh=True)
+        live.update(picture(), refresh=True)
+
+
+def _print_every(pool: Pool, ended: threading.Event, every_s: float, *, as_json: bool) -> None:
+    if not as_json:
+        print(f"pool {pool.config.name} is open in {pool.directory}", flush=True)
+    while True:
+        stats = pool.stats()
+        if as_json:
+            print_json(as_object(stats))
+        else:
+            print(line(stats), flush=True)
+        if ended.wait(every_s):
+            return
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """Within it, SIGINT and SIGTERM set the event and do nothing else."""
+    ended = threading.Event()
+
+    def tell(signum: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    before = {signum: signal.signal(signum, tell) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _log_to(out: Console | None, level: str) -> None:
+    """Above the live picture, or to standard error."""
+    handler = logging.StreamHandler() if out is None else RichHandler(console=out, show_path=False)
+    logging.basicConfig(level=level, handlers=[handler], format="%(message)s" if out else "%(levelname)s %(message)s")
