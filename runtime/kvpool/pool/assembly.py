@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kvpool.api import SharingScope
 from kvpool.blocks.identity import Fingerprint
-from kvpool.config import RuntimeConfig
+from kvpool.config import RuntimeConfig, SsdConfig
 from kvpool.policy import LruPolicy
 from kvpool.pool.copies import Copies
 from kvpool.pool.costs import TierCosts
@@ -56,7 +56,8 @@ def assemble(
         region_of={RAM: region_of, SSD: segment_of},
     )
     store = SsdStore(
-        _ssd_opener(config, directory, disk),
+        _ssd_opener(directory, disk),
+        config.ssd,
         reads=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)),
         writes=CircuitBreaker(BreakerLimits(failures=WRITE_FAILURES)),
         costs=TierCosts(),
@@ -117,14 +118,13 @@ def notices(config: RuntimeConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _ssd_opener(config: RuntimeConfig, directory: PoolDirectory, disk: Disk | None) -> Callable[[], SsdTier] | None:
-    ssd = config.ssd
-    if ssd is None:
-        return None
-
-    def open_tier() -> SsdTier:
+def _ssd_opener(directory: PoolDirectory, disk: Disk | None) -> Callable[[SsdConfig], SsdTier]:
+    def open_tier(config: SsdConfig) -> SsdTier:
         return SsdTier.open(
-            directory.ssd, capacity_bytes=ssd.capacity_bytes, daily_write_bytes=ssd.daily_write_bytes, disk=disk
+            directory.ssd,
+            capacity_bytes=config.capacity_bytes,
+            daily_write_bytes=config.daily_write_bytes,
+            disk=disk,
         )
 
     return open_tier

@@ -11,8 +11,8 @@ from kvpool.blocks.record import Head
 from kvpool.errors import KvpoolError
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
-from kvpool.pool.reading import UNREADABLE, ReadJob
-from kvpool.pool.restoring import restore_from
+from kvpool.pool.reading import TIER_OUT, ReadJob
+from kvpool.pool.restoring import use_tier
 from kvpool.prefix.heads import edge_heads
 from kvpool.prefix.node import NOWHERE, SSD, Node
 from kvpool.resilience import BreakerState
@@ -24,15 +24,26 @@ _log = logging.getLogger(__name__)
 class Chores:
     """All chores of one engine. `payload_bytes` of a node's model may be unknown: then it is not probed with."""
 
-    def __init__(self, engine: Engine, payload_bytes_of: Callable[[Fingerprint], int | None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        payload_bytes_of: Callable[[Fingerprint], int | None],
+        forget_trees: Callable[[], None],
+    ) -> None:
         self._engine = engine
         self._payload_bytes_of = payload_bytes_of
+        self._forget_trees = forget_trees
+        """Has every model look its tenants' trees up anew: epochs may have been raised."""
         self.leaving: list[int] = []
         """RAM slots that have to go, since the capacity was lowered."""
 
-    def all(self) -> list[Callable[[], None]]:
-        """Every chore, in the order in which they run."""
-        return [self.bury, self.reopen_ssd, self.probe_ssd, self.free_segments, self.shrink_ram, self.shrink_index]
+    def in_memory(self) -> list[Callable[[], None]]:
+        """Those that never wait for a disk, in the order in which they run."""
+        return [self.bury, self.check_ssd, self.shrink_ram, self.shrink_index]
+
+    def on_disk(self) -> list[Callable[[], None]]:
+        """Those that may be held up by one."""
+        return [self.reopen_ssd, self.free_segments]
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""
@@ -45,23 +56,27 @@ class Chores:
         if not store.configured or store.tier is not None or not store.writes.allows():
             return
         try:
-            tier = store.reopen()
+            tier = store.open()
         except KvpoolError as error:
             store.last_error = str(error)
             store.writes.trip(str(error))
             return
-        if tier is not None:
-            restore_from(self._engine, tier)
+        if tier is not None and use_tier(self._engine, tier):
+            self._forget_trees()
             _log.info("ssd tier: in use again")
 
-    def probe_ssd(self) -> None:
-        """Let a tier that was out show that it is back: a write by the next block, a read by a record of its own."""
+    def check_ssd(self) -> None:
+        """Notice a tier that has stalled, and let one that was out show that it is back.
+
+        Writes are tried again with the next block, reads with a record of its own.
+        """
         store = self._engine.store
         if store.tier is None:
             return
+        store.check_writes()
         if store.writes.state is BreakerState.OPEN:
             store.writes.allows()
-        if store.reads.state is BreakerState.OPEN and store.reads.allows():
+        if not store.readable and store.reads.allows():
             self._probe_reads()
 
     def free_segments(self) -> None:
@@ -82,30 +97,31 @@ class Chores:
     def _probe_reads(self) -> None:
         engine = self._engine
         budget_s = engine.settings.ssd_budget_s
-        if engine.readers.pending:  # still stuck in the reads that made it open
-            engine.store.stalled(budget_s)
-            return
-        probe = self._probe_job()
-        if probe is None:
+        record = self._some_record()
+        if record is None:
             engine.store.reads.succeeded()  # nothing lies there: nothing can be learnt, and nothing goes wrong
             return
+        place, head = record
+        slots = [] if engine.readers.pending else engine.memory.allocate(bytes_of(place), 1)
+        if not slots:  # still stuck in the reads that opened the breaker, or all memory is leased: later
+            engine.store.stalled(budget_s)
+            return
+        probe = ReadJob([place], slots, [head])
         engine.readers.submit(probe)
         if not engine.readers.wait(probe, budget_s):
             engine.store.stalled(budget_s)
-        elif UNREADABLE not in probe.faults:
+        elif TIER_OUT not in probe.faults:
             _log.info("ssd tier: reads are served again")
+        else:
+            engine.store.reads.trip(engine.store.last_error)
         if probe.abandon():
             engine.memory.free(probe.slots)
 
-    def _probe_job(self) -> ReadJob | None:
-        engine = self._engine
-        with engine.index.lock:
-            node = next((node for nodes in engine.index.residents[SSD].values() for node in nodes), None)
-            if node is None:
-                return None
-            place, head = self._a_record(node)
-        slots = engine.memory.allocate(bytes_of(place), 1)
-        return ReadJob([place], slots, [head]) if slots else None
+    def _some_record(self) -> tuple[int, Head] | None:
+        with self._engine.index.lock:
+            nodes = self._engine.index.residents[SSD].values()
+            node = next((node for nodes in nodes for node in nodes), None)
+            return None if node is None else self._a_record(node)
 
     def _a_record(self, node: Node) -> tuple[int, Head]:
         """One of the node's records on SSD; its place."""

@@ -25,6 +25,7 @@ from kvpool.pool.traffic import Traffic
 from kvpool.pool.write_behind import WriteBehind
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
 
 SHARED_TENANT = ""
@@ -65,6 +66,10 @@ class Tenants:
         digest = self.digest(tenant)
         return TreeId(fingerprint, digest, self.epochs.of(digest))
 
+    def is_stale(self, tree: PrefixTree) -> bool:
+        """Whether the tree is of an epoch that was erased."""
+        return tree.id.epoch != self.epochs.of(tree.id.tenant)
+
     def tree(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int) -> PrefixTree:
         """The tree of this identity, made if need be. Call with `lock` held, so that no erasure comes between."""
         known = self._index.tree(tree_id)
@@ -98,7 +103,15 @@ class Engine:
     restored_blocks: int = 0
     restore_seconds: float = 0.0
 
+    def record(self, slot: int) -> Bytes:
+        """A slot's bytes. Raises `PoolClosedError` where closing has given the memory back in the middle of a call."""
+        try:
+            return self.ram.record(slot)
+        except ValueError:
+            self.gate.check()
+            raise
+
     @property
     def fetch_parts(self) -> FetchParts:
         """What a fetch from SSD works with."""
-        return FetchParts(self.index, self.memory, self.copies, self.store, self.readers)
+        return FetchParts(self.index, self.memory, self.copies, self.store, self.readers, self.events)

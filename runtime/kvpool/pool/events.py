@@ -13,7 +13,10 @@ from typing import NamedTuple
 from kvpool.blocks.identity import BlockKey, Fingerprint
 from kvpool.tiers.tier import TierName
 
-QUEUE_EVENTS = 65_536
+QUEUE_BYTES = 16 << 20
+"""What the token ids and keys in one listener's queue may take."""
+_EVENT_BYTES = 500
+"""About what an event takes beside those."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,7 +92,8 @@ class _Subscription:
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self._queue: deque[Event] = deque(maxlen=QUEUE_EVENTS)
+        self._queue: deque[Event] = deque()
+        self._queued_bytes = 0
         self._ready = threading.Condition()
         self._sequence = 0
         self._closed = False
@@ -100,6 +104,9 @@ class _Subscription:
         with self._ready:
             self._queue.append(Event(self._sequence, what))
             self._sequence += 1
+            self._queued_bytes += _size(what)
+            while self._queued_bytes > QUEUE_BYTES and len(self._queue) > 1:
+                self._queued_bytes -= _size(self._queue.popleft().what)
             self._ready.notify()
 
     def close(self) -> None:
@@ -117,7 +124,13 @@ class _Subscription:
                 if not self._queue:
                     return
                 event = self._queue.popleft()
+                self._queued_bytes -= _size(event.what)
             try:
                 self._listener(event)
             except Exception:  # a listener's fault is its own
                 _log.exception("a listener of pool events failed at event %d", event.sequence)
+
+
+def _size(what: BlockStored | BlockRemoved) -> int:
+    tokens = len(what.tokens) if isinstance(what, BlockStored) else 0
+    return _EVENT_BYTES + tokens + 2 * sum(map(len, what.keys))

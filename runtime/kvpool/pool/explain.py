@@ -12,7 +12,6 @@ from kvpool.prefix.index import LEVEL_NAMES, PrefixIndex
 from kvpool.prefix.looking import levels_of
 from kvpool.prefix.node import SSD
 from kvpool.prefix.tree import Extras, TreeId
-from kvpool.resilience import BreakerState
 from kvpool.tiers.tier import TierName
 
 _WHY = {
@@ -35,20 +34,19 @@ class Explainer:
         tenants: Tenants,
         store: SsdStore,
         models: Callable[[], Iterable[ModelIdentity]],
-        opened_at_s: float,
     ) -> None:
         self._index = index
         self._tenants = tenants
         self._store = store
         self._models = models
-        self._opened_at_s = opened_at_s
 
     def explain(self, identity: ModelIdentity, tokens: bytes, tenant: str, extras: Extras | None) -> list[BlockReport]:
         """One report for each whole block of `tokens`."""
         tree_id = self._tenants.tree_id(identity.fingerprint, tenant)
         keys = self._tenants.chain(tree_id).keys(tokens, identity.layout.token_bytes, extras)
         levels = self._levels(tree_id, tokens, extras, len(keys))
-        first_hole = next((index for index, held in enumerate(levels) if not held), len(levels))
+        reachable = [bool(held) and (held != [SSD] or self._store.readable) for held in levels]
+        first_hole = reachable.index(False) if False in reachable else len(levels)
         erased = self._keys_before_erasure(identity, tree_id, tokens, extras)
         others = self._held_by_others(identity, tenant, tokens, extras, len(keys)) if first_hole < len(keys) else {}
         reports = []
@@ -70,10 +68,10 @@ class Explainer:
         self, index: int, held: list[int], tiers: tuple[TierName, ...], first_hole: int
     ) -> tuple[Verdict, float | None, str]:
         where = " and ".join(tiers)
-        if index > first_hole:
-            return Verdict.UNREACHABLE, None, f"in {where}, but block {first_hole} before it is missing"
-        if held == [SSD] and self._store.reads.state is not BreakerState.CLOSED:
+        if held == [SSD] and not self._store.readable:
             return Verdict.TIER_DOWN, None, f"in {where} only, which is out: {self._store.last_error}"
+        if index > first_hole:
+            return Verdict.UNREACHABLE, None, f"in {where}, but block {first_hole} before it cannot be had"
         return Verdict.HELD, None, f"in {where}"
 
     def _lost(self, fate: Fate | None, other: str | None, epoch: int) -> tuple[Verdict, float | None, str]:
@@ -83,9 +81,8 @@ class Explainer:
         if other is not None:
             return Verdict.OTHER_FINGERPRINT, None, f"never stored for these weights; held for {other}"
         since = self._index.history.complete_since_s
-        since = self._opened_at_s if since is None else since
         erased = f", or erased with its tenant (epoch {epoch})" if epoch else ""
-        if since == 0:
+        if since is None:
             return Verdict.NEVER_STORED, None, f"never stored{erased}"
         return Verdict.UNKNOWN, None, f"not stored since {_time(since)}, and not known from before{erased}"
 

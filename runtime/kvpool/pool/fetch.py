@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvpool.pool.copies import Copies
+from kvpool.pool.events import BlockStored, EventBus
 from kvpool.pool.memory import Memory
-from kvpool.pool.reading import UNREADABLE, Readers, ReadJob
+from kvpool.pool.reading import TIER_OUT, Readers, ReadJob
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix.heads import pinned_heads
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import RAM, SSD
+from kvpool.tiers.tier import TierName
 
 JOB_BYTES = 4 << 20
 JOB_BLOCKS = 32
@@ -41,6 +43,7 @@ class FetchParts:
     copies: Copies
     store: SsdStore
     readers: Readers
+    events: EventBus
 
 
 @dataclass(slots=True)
@@ -154,14 +157,27 @@ class Fetch:
         good = next((at for at, fault in enumerate(job.faults) if fault is not None), len(job.slots))
         kept = 0 if self._starved and self._todo else good
         refused = self.parts.index.fill(self.pin, batch.first, RAM, job.slots[:kept])
+        self._tell(job, set(job.slots[:kept]).difference(refused))
         self._spare += refused + job.slots[kept:]
         if not self._todo:
             self.parts.memory.free(self._spare)
             self._spare = []
 
+    def _tell(self, job: ReadJob, kept: set[int]) -> None:
+        """Publish that these blocks are in RAM now."""
+        if kept and self.parts.events.active:
+            heads = [head for slot, head in zip(job.slots, job.heads, strict=True) if slot in kept]
+            tree = self.pin.tree
+            self.parts.events.publish(
+                BlockStored(
+                    tuple(head.key for head in heads), heads[0].parent, b"".join(head.tokens for head in heads),
+                    tree.token_bytes // 4, tree.id.fingerprint, TierName.RAM,
+                )
+            )  # fmt: skip
+
     def _lose(self, block: int, place: int, fault: str) -> None:
         """A record is bad: it is forgotten. One that could not be read for a tier that is out is not to blame."""
-        if fault == UNREADABLE and self.parts.store.degraded:
+        if fault == TIER_OUT:
             return
         self.parts.store.count_corrupt(fault, place)
         self.parts.copies.release(self.parts.index.lose(self.pin, block, SSD, place, Loss.CORRUPT))

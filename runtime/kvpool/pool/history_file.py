@@ -34,28 +34,35 @@ _MAX_BYTES = _START.size + 2 * CAPACITY * _ENTRY.size + _SUM.size
 _log = logging.getLogger(__name__)
 
 
-def load_history(path: Path, *, is_new: bool) -> tuple[History, float]:
-    """Return the history of the process before, and since when it is known; 0 where nothing is missing.
+def load_history(path: Path, *, is_new: bool) -> History:
+    """Return the history of the process before; a new one, complete since now, where that is not known.
 
     The file is removed, so that a crash cannot leave an old one behind.
     """
     history = History(CAPACITY)
     if is_new:
-        return history, 0.0
+        return history
     try:
         data = path.read_bytes()[: _MAX_BYTES + 1]
         path.unlink()
     except FileNotFoundError:
-        return history, time.time()
+        return _begun_anew()
     except OSError as error:
         _log.warning("%s cannot be used (%s); misses of the process before cannot be explained", path, error)
-        return history, time.time()
+        return _begun_anew()
     since = _unpack(data, history)
     if since is None:
         _log.warning("%s is damaged; misses of the process before cannot be explained", path)
-        return History(CAPACITY), time.time()
+        return _begun_anew()
     history.complete_since_s = since or None
-    return history, 0.0
+    return history
+
+
+def _begun_anew() -> History:
+    """A history that knows nothing of the time before now."""
+    history = History(CAPACITY)
+    history.complete_since_s = time.time()
+    return history
 
 
 def save_history(path: Path, index: PrefixIndex) -> None:

@@ -1,13 +1,15 @@
 """Once a second, or when woken: what no caller should wait for, and what time alone brings on.
 
 It takes back what was erased, opens the ssd tier again, probes it when it was out, frees segments and memory that a
-lowered capacity no longer allows. One thread; nearly idle when there is nothing to do.
+lowered capacity no longer allows. A pool has one for memory and one for the disk, so that a disk that hangs holds up
+nothing else. Nearly idle when there is nothing to do.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 PERIOD_S = 1.0
@@ -17,11 +19,11 @@ _log = logging.getLogger(__name__)
 class Housekeeper:
     """Runs chores one after the other. A chore that fails is logged, and tried again at the next round."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self._wake = threading.Event()
         self._closed = False
         self._chores: Sequence[Callable[[], None]] = ()
-        self._thread = threading.Thread(target=self._run, name="kvpool-housekeeping", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"kvpool-{name}", daemon=True)
 
     def start(self, chores: Sequence[Callable[[], None]]) -> None:
         """Begin to run `chores`."""
@@ -32,12 +34,12 @@ class Housekeeper:
         """Run the chores now."""
         self._wake.set()
 
-    def close(self, timeout_s: float) -> bool:
-        """End after the chore that runs now; False where it does not end in time."""
+    def close(self, until_s: float) -> bool:
+        """End after the chore that runs now; False where it has not ended at `until_s`, on `time.monotonic`."""
         self._closed = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(timeout_s)
+            self._thread.join(max(0.0, until_s - time.monotonic()))
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -104,7 +104,7 @@ class Lease:
         return self._pin
 
     def _hand_over(self, sink: BlockSink, first: int, slots: Sequence[int]) -> None:
-        record, end = self._model._engine.memory.ram.record, PAGE_BYTES + self._model.layout.payload_bytes
+        record, end = self._model._engine.record, PAGE_BYTES + self._model.layout.payload_bytes
         for block, slot in enumerate(slots, first):
             payload = record(slot)[PAGE_BYTES:end]
             payload.flags.writeable = False

@@ -3,12 +3,27 @@
 A slot that was allocated here is nobody else's until it is entered in the index or freed.
 """
 
+from collections import Counter
+from enum import Enum, auto
+
 import numpy as np
 
 from kvpool.pool.copies import Copies
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import RAM
+from kvpool.prefix.relocating import hold, release, settle
 from kvpool.tiers.ram import RamTier, region_of
+
+
+class Moved(Enum):
+    """What became of a slot whose block was to move."""
+
+    GONE = auto()
+    """It is free now."""
+    NO_ROOM = auto()
+    """There is no other slot of its size."""
+    HELD = auto()
+    """Its block is leased, or not entered in the index yet."""
 
 
 class Memory:
@@ -30,55 +45,57 @@ class Memory:
             self.ram.drop(slots)
 
     def vacate(self, slots: list[int]) -> bool:
-        """Move or evict the blocks in these slots, for their extents are to go; False when leases forbid some."""
-        left = [slot for slot in slots if not self._move(slot)]
-        while left:
-            gone = self._index.evict(RAM, self.ram.slab.slot_bytes(left[0]) or 1)
-            self._copies.release(gone)
-            left = [slot for slot in left if not self._move(slot)]
-            if not gone:
-                break
-        return not left
+        """Move or evict the blocks in these slots, for their extents are to go; False when leases forbid some.
+
+        Where there is no room to move them to, as much is evicted as they take, and no more.
+        """
+        homeless = [slot for slot in slots if self._move(slot) is Moved.NO_ROOM]
+        for record_bytes, count in Counter(map(self.ram.slab.slot_bytes, homeless)).items():
+            if record_bytes is not None:
+                self._copies.release(self._index.evict(RAM, record_bytes * count))
+        return all(self._move(slot) is Moved.GONE for slot in slots)
 
     def _allocate_by_force(self, record_bytes: int, count: int, slots: list[int]) -> list[int]:
         if record_bytes > self.ram.capacity_bytes:
             return slots
+        stuck: set[int] = set()
         while len(slots) < count:
-            wanted = count - len(slots)
-            gone = self._index.evict(RAM, wanted * record_bytes)
+            gone = self._index.evict(RAM, (count - len(slots)) * record_bytes)
             self._copies.release(gone)
-            slots += self.ram.allocate_many(record_bytes, wanted)
-            if len(slots) < count and not self._make_extent(record_bytes) and not gone:
+            before = len(slots)
+            slots += self.ram.allocate_many(record_bytes, count - len(slots))
+            if len(slots) < count and self._make_extent(record_bytes, stuck):
+                slots += self.ram.allocate_many(record_bytes, count - len(slots))
+            if len(slots) == before and not gone:
                 break
         return slots
 
-    def _make_extent(self, record_bytes: int) -> bool:
-        """Empty an extent of another size by moving its blocks, so that it can be cut for this one."""
-        occupied = self.ram.slab.movable_extent(record_bytes)
-        if occupied is None:
-            return False
-        if all(self._move(slot) for slot in occupied):
-            return True
-        self.ram.slab.cancel_claim(record_bytes)
+    def _make_extent(self, record_bytes: int, stuck: set[int]) -> bool:
+        """Empty an extent of another size by moving its blocks, so that it can be cut for this one.
+
+        `stuck` are extents in which a block could not be moved; they are passed over, and added to.
+        """
+        while (occupied := self.ram.slab.movable_extent(record_bytes, skip=stuck)) is not None:
+            unmoved = [slot for slot in occupied if self._move(slot) is not Moved.GONE]
+            if not unmoved:
+                return True
+            self.ram.slab.cancel_claim(record_bytes)
+            stuck.update(map(region_of, unmoved))
         return False
 
-    def _move(self, slot: int) -> bool:
-        """Copy one block to another slot of its size; True when the old slot is free afterwards."""
+    def _move(self, slot: int) -> Moved:
+        """Copy one block to another slot of its size."""
         record_bytes = self.ram.slab.slot_bytes(slot)
         if record_bytes is None:
-            return True
+            return Moved.GONE
+        held = hold(self._index, RAM, slot)
+        if held is None:
+            return Moved.HELD if self.ram.slab.slot_bytes(slot) is not None else Moved.GONE
         fresh = self.ram.allocate(record_bytes)
         if fresh is None:
-            return False
-        try:
-            np.copyto(self.ram.record(fresh), self.ram.record(slot))
-        except ValueError:  # it was evicted meanwhile
-            self.ram.drop([fresh])
-            return True
-        with self._index.lock:
-            nodes = list(self._index.residents[RAM].get(region_of(slot), ()))
-        if any(self._index.move(node, RAM, slot, fresh) for node in nodes):
-            self.ram.drop([slot])
-            return True
-        self.ram.drop([fresh])
-        return self.ram.slab.slot_bytes(slot) is None
+            release(self._index, held)
+            return Moved.NO_ROOM
+        np.copyto(self.ram.record(fresh), self.ram.record(slot))
+        moved = settle(self._index, held, fresh)
+        self.ram.drop([slot if moved else fresh])
+        return Moved.GONE if moved else Moved.HELD

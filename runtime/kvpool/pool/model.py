@@ -20,9 +20,9 @@ from kvpool.pool.results import BlockReport, Refusal, StoreResult
 from kvpool.prefix.heads import pinned_keys
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import BATCH_BLOCKS, Pin
-from kvpool.prefix.node import RAM
+from kvpool.prefix.node import NOWHERE, RAM
+from kvpool.prefix.saving import is_between_saved
 from kvpool.prefix.tree import Extras, PrefixTree
-from kvpool.resilience import BreakerState
 from kvpool.tiers.tier import TierName
 
 MAX_KNOWN_TENANTS = 10_000
@@ -85,10 +85,9 @@ class Model:
             tree = self._tree(tenant)
         pin = engine.index.match(tree, packed, extras, None, asked=len(packed) // self._token_bytes)
         if pin.depth:
-            store = engine.store
-            if store.reads.state is not BreakerState.CLOSED:
+            if not engine.store.readable:
                 self._shorten_to_ram(pin)
-            if pin.node.save_to < pin.depth and store.writable:
+            if (pin.node.save_to < pin.depth or tree.gapped) and engine.store.writable:
                 engine.writer.want(pin, pin.depth)
         return Lease(self, pin)
 
@@ -112,6 +111,8 @@ class Model:
         with engine.gate:
             tree = self._trees.get(tenant) or self._tree(tenant)
             pin = engine.index.match(tree, packed, extras)
+            if engine.tenants.is_stale(pin.tree):  # erased since it was looked up, and entered again by this match
+                engine.index.erase(pin.tree)
             already = pin.depth
             total = len(packed) // self._token_bytes
             try:
@@ -142,7 +143,7 @@ class Model:
         record_bytes = self.layout.record_bytes
         batches = plan(in_ram, on_ssd, record_bytes)
         blocks = sum(len(batch.places) for batch in batches)
-        if not blocks or engine.store.reads.state is not BreakerState.CLOSED:
+        if not blocks or not engine.store.readable:
             return None
         tokens = blocks * self.layout.block_tokens
         if not engine.store.costs.worth_asking(blocks * record_bytes, tokens, self._prefill_rate):
@@ -174,9 +175,14 @@ class Model:
             if not self._measured:
                 self._prefill_rate = prefill_tokens_per_second
 
+    def forget_tree(self, tenant: str) -> None:
+        """Look the tenant's tree up anew: it was erased. Call with the tenants' lock held."""
+        self._trees.pop(tenant, None)
+
     def forget_trees(self) -> None:
-        """Look the tenants' trees up anew: some were erased. Call with the tenants' lock held."""
-        self._trees = {}
+        """Look all tenants' trees up anew: epochs may have been raised."""
+        with self._engine.tenants.lock:
+            self._trees = {}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -196,8 +202,8 @@ class Model:
     def _shorten_to_ram(self, pin: Pin) -> None:
         """SSD is out: promise only what does not need it."""
         in_ram = self._engine.index.places(pin, RAM)
-        if -1 in in_ram:
-            self._engine.index.shorten(pin, in_ram.index(-1))
+        if NOWHERE in in_ram:
+            self._engine.index.shorten(pin, in_ram.index(NOWHERE), uncount=True)
 
     def _store_after(
         self, pin: Pin, packed: bytes, source: BlockSource, extras: Extras | None, total: int
@@ -220,12 +226,12 @@ class Model:
             if pin.tree.erased:
                 return stored, Refusal.ERASED
             stored += len(slots) - len(refused)
-            self._after_attach(pin, first)
+            self._after_attach(pin, first, packed)
         return stored, None
 
     def _fill(self, slots: list[int], first: int, source: BlockSource) -> None:
         """Have the source write payloads into slots; they are freed if it fails."""
-        record, end = self._engine.memory.ram.record, PAGE_BYTES + self.layout.payload_bytes
+        record, end = self._engine.record, PAGE_BYTES + self.layout.payload_bytes
         try:
             for block, slot in enumerate(slots, first):
                 source.read_block(block, record(slot)[PAGE_BYTES:end])
@@ -233,20 +239,17 @@ class Model:
             self._engine.memory.free(slots)
             raise
 
-    def _after_attach(self, pin: Pin, first: int) -> None:
+    def _after_attach(self, pin: Pin, first: int, packed: bytes) -> None:
         engine = self._engine
-        if engine.store.writable and (not engine.settings.second_hit or self._seen_before(pin)):
+        if engine.store.writable and (
+            not engine.settings.second_hit or self._seen_before(pin) or is_between_saved(engine.index, pin, first)
+        ):
             engine.writer.want(pin, pin.depth)
         if engine.events.active:
             parent, *keys = pinned_keys(engine.index, pin, first)
-            size = self._token_bytes
-            with engine.index.lock:
-                tokens = b"".join(node.tokens for node in engine.index.path(pin))[first * size : pin.depth * size]
-            engine.events.publish(
-                BlockStored(
-                    tuple(keys), parent, tokens, self.layout.block_tokens, self.identity.fingerprint, TierName.RAM
-                )
-            )
+            run = packed[first * self._token_bytes : pin.depth * self._token_bytes]
+            block_tokens, fingerprint = self.layout.block_tokens, self.identity.fingerprint
+            engine.events.publish(BlockStored(tuple(keys), parent, run, block_tokens, fingerprint, TierName.RAM))
 
     def _seen_before(self, pin: Pin) -> bool:
         """Whether the last block was here once and was lost: storing it again is its second hit."""

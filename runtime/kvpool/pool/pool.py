@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -22,18 +24,20 @@ from kvpool.pool.history_file import load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
 from kvpool.pool.registry import Registry
-from kvpool.pool.restoring import restore_from
+from kvpool.pool.restoring import distrust, use_tier
 from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport
 from kvpool.pool.snapshot import snapshot
 from kvpool.pool.stats import PoolStats
 from kvpool.prefix.index import LEVEL_NAMES
+from kvpool.prefix.tree import PrefixTree
 from kvpool.resilience import Degradation
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
 """How long closing may write what is in RAM down to SSD."""
-_THREAD_DEADLINE_S = 5.0
+GRACE_S = 5.0
+"""How much longer it may take in all, for what is in flight to end."""
 _log = logging.getLogger(__name__)
 
 
@@ -54,20 +58,19 @@ class Pool:
         self._models: dict[Fingerprint, Model] = {}
         self._payload_bytes = {known.fingerprint: known.layout.payload_bytes for known in self._registry.known()}
         self._models_lock = threading.Lock()
-        history, history_since_s = load_history(directory.history, is_new=directory.is_new)
-        self._housekeeper = Housekeeper()
+        self._close_lock = threading.Lock()
+        self._closed = False
+        self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
         self._engine: Engine = assemble(
             config,
             directory,
-            history,
+            load_history(directory.history, is_new=directory.is_new),
             payload_bytes_of=self._payload_bytes.get,
-            wake=self._housekeeper.wake,
+            wake=self._memory_keeper.wake,
             disk=disk,
         )
-        self._explainer = Explainer(
-            self._engine.index, self._engine.tenants, self._engine.store, self._registry.known, history_since_s
-        )
-        self._chores = Chores(self._engine, self._payload_bytes.get)
+        self._explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
+        self._chores = Chores(self._engine, self._payload_bytes.get, self._forget_trees)
 
     @classmethod
     def open(
@@ -117,10 +120,12 @@ class Pool:
         self._check_layout(identity)
         with self._models_lock:
             known = self._models.get(identity.fingerprint)
-            if known is not None:
-                return known
-            self._registry.remember(identity)
-            return self._add_model(identity, spec.prefill_tokens_per_second)
+        if known is not None:
+            return known
+        self._registry.remember(identity)
+        with self._models_lock:
+            known = self._models.get(identity.fingerprint)
+            return known or self._add_model(identity, spec.prefill_tokens_per_second)
 
     def model(self, name: str) -> Model:
         """Return the model of this name that was registered last, by this process or an earlier one.
@@ -170,12 +175,12 @@ class Pool:
             )
         with self._engine.gate:
             digest = tenants.digest(tenant)
+            epoch = tenants.epochs.raise_epoch(digest)
             with tenants.lock:
-                epoch = tenants.epochs.raise_epoch(digest)
-                for tree in [tree for tree_id, tree in self._engine.index.trees.items() if tree_id.tenant == digest]:
-                    self._engine.index.erase(tree)
                 for model in self.models():
-                    model.forget_trees()
+                    model.forget_tree(tenant)
+                for tree in self._trees_before(digest, epoch):
+                    self._engine.index.erase(tree)
             return self._bury(digest, epoch)
 
     def reload(self, config: RuntimeConfig) -> ReloadReport:
@@ -201,36 +206,69 @@ class Pool:
     def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
         """Write what is in RAM down to SSD, for at most `deadline_s`, and give everything back.
 
-        Leases that are still open raise `PoolClosedError` from now on. An operation in flight ends first. Calling it
-        again does nothing.
+        Leases that are still open raise `PoolClosedError` from now on. An operation in flight ends first. A disk that
+        does not answer is left behind after some seconds more. Calling it again does nothing.
         """
-        engine = self._engine
-        if not engine.gate.shut():
-            return
-        engine.gate.wait_empty(_THREAD_DEADLINE_S)
-        self._housekeeper.close(_THREAD_DEADLINE_S)
-        if deadline_s > 0 and engine.store.writable:
-            engine.writer.want_everything()
-            if not engine.writer.flush(deadline_s):
-                _log.warning("closing: %d edges were not written to ssd in time", engine.writer.queued)
-        stopped = engine.writer.close(_THREAD_DEADLINE_S)
-        stopped &= engine.readers.close(_THREAD_DEADLINE_S)
-        save_history(self._directory.history, engine.index)
-        if engine.store.tier is not None:
-            _within(_THREAD_DEADLINE_S if stopped else 0.1, engine.store.tier.close)
-        engine.events.close()
-        engine.ram.close()
-        self._directory.close()
+        with self._close_lock:
+            if not self._closed:
+                self._engine.gate.shut()
+                self._close(deadline_s)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        tier = self._engine.store.reopen()
+        engine = self._engine
+        tier = engine.store.open()
         if tier is not None:
-            restore_from(self._engine, tier)
+            use_tier(engine, tier)
+        if not engine.tenants.epochs.trusted:
+            distrust(engine.tenants.epochs)
         for notice in self.notices:
             _log.warning("%s", notice)
-        self._housekeeper.start(self._chores.all())
+        self._memory_keeper.start(self._chores.in_memory())
+        self._disk_keeper.start(self._chores.on_disk())
+
+    def _close(self, deadline_s: float) -> None:
+        """Whatever happens on the way, also Ctrl-C, everything below is given back."""
+        engine = self._engine
+        until_s = time.monotonic() + deadline_s + GRACE_S
+        with ExitStack() as stack:
+            stack.callback(self._note_closed)
+            stack.callback(self._directory.close)
+            stack.callback(engine.ram.close)
+            stack.callback(engine.events.close)
+            stack.callback(_by, until_s, self._close_ssd)
+            stack.callback(_by, until_s, lambda: save_history(self._directory.history, engine.index))
+            stack.callback(engine.readers.close, until_s)
+            stack.callback(engine.writer.close, until_s)
+            stack.callback(self._disk_keeper.close, until_s)
+            stack.callback(self._memory_keeper.close, until_s)
+            engine.gate.wait_empty(GRACE_S)
+            self._flush_to_close(deadline_s)
+
+    def _flush_to_close(self, deadline_s: float) -> None:
+        engine = self._engine
+        engine.store.accept()
+        if deadline_s > 0 and engine.store.writable:
+            engine.writer.want_everything()
+            if not engine.writer.flush(deadline_s):
+                _log.warning("closing: %d edges were not written to ssd in time", engine.writer.queued)
+
+    def _close_ssd(self) -> None:
+        if self._engine.store.tier is not None:
+            self._engine.store.tier.close()
+
+    def _note_closed(self) -> None:
+        self._closed = True
+
+    def _forget_trees(self) -> None:
+        for model in self.models():
+            model.forget_trees()
+
+    def _trees_before(self, tenant: TenantDigest, epoch: int) -> list[PrefixTree]:
+        with self._engine.index.lock:
+            trees = self._engine.index.trees
+            return [tree for tree_id, tree in trees.items() if tree_id.tenant == tenant and tree_id.epoch < epoch]
 
     def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
         if prefill_tokens_per_second is None:
@@ -273,22 +311,21 @@ class Pool:
 
     def _apply(self, config: RuntimeConfig) -> None:
         engine = self._engine
+        if config.ssd is not None:
+            engine.store.resize(config.ssd)
         engine.settings = live_settings(config)
         engine.index.sharing = sharing_rules(config)
         engine.index.limit_bytes = config.ram.index_bytes
         if config.ram.capacity_bytes != engine.ram.capacity_bytes:
             self._chores.leaving = engine.ram.resize(config.ram.capacity_bytes)
-        tier = engine.store.tier
-        if tier is not None and config.ssd is not None:
-            tier.set_daily_write_bytes(config.ssd.daily_write_bytes)
-            if config.ssd.capacity_bytes != tier.capacity_bytes:
-                tier.resize(config.ssd.capacity_bytes)
+            engine.ram.start_prefault()
         rates = {model.name: model.prefill_tokens_per_second for model in config.models}
         for model in self.models():
             if model.name in rates:
                 model.use_rate(rates[model.name])
         self.config = config
-        engine.wake()
+        self._memory_keeper.wake()
+        self._disk_keeper.wake()
 
 
 def _resolved(config: RuntimeConfig | KVCachePool | Path | str) -> RuntimeConfig:
@@ -297,10 +334,10 @@ def _resolved(config: RuntimeConfig | KVCachePool | Path | str) -> RuntimeConfig
     return runtime_config(config) if isinstance(config, KVCachePool) else load_config(Path(config))
 
 
-def _within(timeout_s: float, act: Callable[[], None]) -> None:
+def _by(until_s: float, act: Callable[[], None]) -> None:
     """Run `act` on a thread of its own, and wait for it no longer than that: a stalled disk must not hold us up."""
     thread = threading.Thread(target=act, name="kvpool-close", daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    thread.join(max(0.1, until_s - time.monotonic()))
     if thread.is_alive():
-        _log.warning("closing: the ssd tier does not answer; it is left behind")
+        _log.warning("closing: the disk does not answer; it is left behind")

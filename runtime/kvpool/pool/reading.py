@@ -8,14 +8,17 @@ there.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 from kvpool.blocks.record import CorruptRecordError, Head, open_record
 from kvpool.pool.memory import Memory
-from kvpool.pool.ssd_store import SsdStore
+from kvpool.pool.ssd_store import SsdStore, TierOutError
 
 UNREADABLE = "unreadable"
 """What is said of a record that did not come whole."""
+TIER_OUT = "tier-out"
+"""What is said of a record where it is the disk that cannot be read."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,11 @@ class ReadJob:
         self.done = threading.Event()
         self._lock = threading.Lock()
         self._abandoned = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self._abandoned
 
     def abandon(self) -> bool:
         """Want it no more; True when the slots are the caller's to free, for it is done."""
@@ -81,19 +89,25 @@ class Readers:
                 return False
         return True
 
-    def close(self, timeout_s: float) -> bool:
-        """End the threads once the queued jobs have run; False where one is stuck in a read, and is left to it."""
+    def close(self, until_s: float) -> bool:
+        """End the threads once the queued jobs have run; False where one is stuck in a read at `until_s`.
+
+        Such a thread is left behind. `until_s` is on `time.monotonic`.
+        """
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, until_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            faults: list[str | None] = [UNREADABLE] * len(job.places)
+            faults: list[str | None] = [TIER_OUT] * len(job.places)
             try:
-                faults = self._read(job)
+                if not job.abandoned:
+                    faults = self._read(job)
+            except TierOutError:
+                pass  # counted, and said, where it was noticed
             except Exception:  # the loop's top: a job that fails must still end, and its slots be freed
                 _log.exception("reading %d records from ssd", len(job.places))
             with self._count_lock:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from kvpool.blocks.record import Corruption, CorruptRecordError, check_payload, read_head
 from kvpool.pool.copies import Copies
 from kvpool.pool.reading import UNREADABLE
-from kvpool.pool.ssd_store import SsdStore
+from kvpool.pool.ssd_store import SsdStore, TierOutError
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import SSD, Node
 from kvpool.prefix.reclaiming import (
@@ -75,7 +75,7 @@ class Reclaimer:
         with self._lock:
             begun = {info.id for info in tier.segments()}
             while wanted():
-                if not self._free_one(tier, begun):
+                if self._store.degraded or not self._free_one(tier, begun):
                     return False
             return True
 
@@ -122,7 +122,7 @@ class Reclaimer:
                 return True
             if self._write_again(batch):
                 continue
-            if self._store.degraded:  # the records are not to blame
+            if self._store.degraded:  # neither room nor the records are to blame
                 return False
             gone = remove_below(self._index, node, segment)
             if not gone:
@@ -132,10 +132,13 @@ class Reclaimer:
     def _write_again(self, batch: list[Living]) -> bool:
         """Move the first records of the batch to the open segment; False when not one could be moved or found bad."""
         batch = _some_bytes_of(batch)
-        buffers = self._read(batch)
+        try:
+            buffers = self._read(batch)
+        except TierOutError:
+            return False
         good = [(record, buffer) for record, buffer in zip(batch, buffers, strict=True) if buffer is not None]
         places = self._store.write([buffer for _, buffer in good], reclaim=True) if good else []
-        moved = len(good) < len(batch) and not self._store.degraded
+        moved = len(good) < len(batch)
         for (record, buffer), place in zip(good, places, strict=True):
             if place is None:
                 continue
@@ -147,7 +150,7 @@ class Reclaimer:
         return moved
 
     def _read(self, batch: list[Living]) -> list[Bytes | None]:
-        """Each record's bytes, verified; None for those that are bad: they are removed."""
+        """Each record's bytes, verified; None for those that are bad: they are removed. Raises `TierOutError`."""
         memory = aligned(sum(bytes_of(record.place) for record in batch))
         ends = accumulate(bytes_of(record.place) for record in batch)
         buffers = [memory[end - bytes_of(record.place) : end] for record, end in zip(batch, ends, strict=True)]
@@ -159,7 +162,7 @@ class Reclaimer:
 
     def _is_good(self, record: Living, buffer: Bytes, *, came: bool) -> bool:
         fault = _fault(record, buffer) if came else UNREADABLE
-        if fault is not None and (came or not self._store.degraded):
+        if fault is not None:
             self._store.count_corrupt(fault, record.place)
             self._copies.release(remove_corrupt(self._index, record.node, record.place))
         return fault is None

@@ -6,32 +6,52 @@ and counted. Each record is verified when it is read, not here.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict
 
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
+from kvpool.pool.epochs import Epochs
 from kvpool.prefix.restore import restore
 from kvpool.prefix.tree import TreeId
 from kvpool.tiers.ssd.segment import RecoveredRecord
 from kvpool.tiers.ssd.tier import SsdTier
+from kvpool.tiers.tier import TierUnavailableError
+
+_log = logging.getLogger(__name__)
 
 
 def restore_from(engine: Engine, tier: SsdTier) -> None:
-    """Enter all that `tier` has recovered. Raises `OSError` where adopted epochs cannot be made durable."""
+    """Enter all that `tier` has recovered, and let everybody use it.
+
+    Raises `OSError` where adopted epochs cannot be made durable, and `TierUnavailableError`: it is not in use then.
+    """
     started = time.perf_counter()
     groups = _groups(tier)
     _settle_epochs(engine, groups)
     dropped: Counter[str] = Counter()
     for tree_id, records in groups.items():
-        if tree_id.epoch != engine.tenants.epochs.of(tree_id.tenant):
-            tier.drop([record.place for record in records])
-            dropped["erased"] += len(records)
-        else:
-            engine.restored_blocks += _restore_tree(engine, tier, tree_id, records, dropped)
+        engine.restored_blocks += _restore_tree(engine, tier, tree_id, records, dropped)
     engine.dropped_at_start += dropped + tier.recovery.dropped
     engine.restore_seconds += time.perf_counter() - started
+    if engine.dropped_at_start:  # what these blocks were is not known, so neither is why they are missing
+        engine.index.history.complete_since_s = time.time()
+    engine.store.publish(tier)
     shrink_index(engine.index, engine.copies)
+
+
+def use_tier(engine: Engine, tier: SsdTier) -> bool:
+    """`restore_from`, with a fault of the disk counted and logged; False where the tier was closed again for one."""
+    try:
+        restore_from(engine, tier)
+    except (OSError, TierUnavailableError) as error:
+        _log.warning("ssd tier: %s; tried again later", error)
+        engine.store.last_error = str(error)
+        engine.store.writes.trip(str(error))
+        tier.close()
+        return False
+    return True
 
 
 def _groups(tier: SsdTier) -> dict[TreeId, list[RecoveredRecord]]:
@@ -46,11 +66,16 @@ def _settle_epochs(engine: Engine, groups: dict[TreeId, list[RecoveredRecord]]) 
     """A record of a higher epoch than is known proves that epoch; where erasures are unknown, no record is believed."""
     epochs = engine.tenants.epochs
     if not epochs.trusted:
-        epochs.distrust_up_to(max((tree_id.epoch for tree_id in groups), default=0))
+        distrust(epochs, max((tree_id.epoch for tree_id in groups), default=0))
         return
     for tree_id in groups:
         epochs.at_least(tree_id.tenant, tree_id.epoch)
     epochs.save()
+
+
+def distrust(epochs: Epochs, seen: int = 0) -> None:
+    """Let no record of before be matched, found or not: the new epoch is the time, which no counter has reached."""
+    epochs.distrust_up_to(max(seen, time.time_ns()))
 
 
 def _restore_tree(
@@ -59,6 +84,10 @@ def _restore_tree(
     token_bytes, record_bytes = len(records[0].tokens), records[0].record_bytes
     alike = [record for record in records if record.record_bytes == record_bytes]
     with engine.tenants.lock:
+        if tree_id.epoch != engine.tenants.epochs.of(tree_id.tenant):
+            tier.drop([record.place for record in records])
+            dropped["erased"] += len(records)
+            return 0
         tree = engine.tenants.tree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes)
     restored = restore(engine.index, tree, alike)
     unlike = [record.place for record in records if record.record_bytes != record_bytes]

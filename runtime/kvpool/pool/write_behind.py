@@ -82,7 +82,8 @@ class WriteBehind:
         with self._index.lock:
             trees = list(self._index.trees.values())
         nodes = [node for tree in trees for node in saving.want_everything(self._index, tree)]
-        self._push(sorted(nodes, key=lambda node: -node.last_use))
+        nodes.sort(key=lambda node: -node.last_use)
+        self._push(nodes[: MAX_QUEUED_NODES - self.queued])
 
     def flush(self, deadline_s: float | None) -> bool:
         """Wait until nothing is queued or being written; False at the deadline."""
@@ -95,15 +96,18 @@ class WriteBehind:
                 self._changed.wait(left)
         return True
 
-    def close(self, timeout_s: float) -> bool:
-        """Give up what is queued and end the threads; False where one is stuck in a write, and is left to it."""
+    def close(self, until_s: float) -> bool:
+        """Give up what is queued and end the threads; False where one is stuck in a write at `until_s`, and left to it.
+
+        `until_s` is on `time.monotonic`.
+        """
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._deferred.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, until_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _push(self, nodes: Iterable[Node]) -> None:
@@ -150,7 +154,7 @@ class WriteBehind:
         """Write all that is wanted of a node, and of its ancestors before it."""
         while True:
             if not self._store.writable:
-                self._drop(node, "ssd-unavailable")
+                self._drop(node, "refused" if self._store.refusing else "ssd-unavailable")
                 return Idle.DONE
             run = saving.begin(
                 self._index, node, payload_bytes_of=self._payload_bytes_of, most_bytes=RUN_BYTES
@@ -171,36 +175,42 @@ class WriteBehind:
             for record, head in zip(records, run.heads, strict=True):
                 seal(record, head)
             written = self._append(records)
-            if None in written:  # a chain has no gaps: what comes after one cannot be reached
-                taken = written.index(None)
-                self._store.drop([place for place in written[taken:] if place is not None])
-                written[taken:] = [None] * (len(written) - taken)
         finally:
             self._store.drop(saving.finish(self._index, run, written))
-        return self._count(run, written)
+            self._count(run, written)
+            saving.end(self._index, run)
+        return None not in written
 
     def _append(self, records: list[Bytes]) -> list[int | None]:
-        """Write records; a run for which the open segment is too short goes on once another segment was freed."""
-        written = self._store.write(records)
-        if None in written and self._store.ran_out_of_room() and self._reclaimer.make_room_now():
+        """Write records, as far as there is room; one that finds none in the open segment has another one freed."""
+        written = self._until_refused(self._store.write(records))
+        if None not in written or not self._store.writable:
+            return written
+        if not self._store.ran_out_of_room():
+            self._store.refuse()
+        elif self._reclaimer.make_room_now():
             taken = written.index(None)
-            self._store.drop([place for place in written[taken:] if place is not None])
-            written[taken:] = self._store.write(records[taken:])
+            written[taken:] = self._until_refused(self._store.write(records[taken:]))
         return written
 
-    def _count(self, run: Run, written: list[int | None]) -> bool:
+    def _until_refused(self, written: list[int | None]) -> list[int | None]:
+        """A chain has no gaps: what was written after a record that was not cannot be reached, and is dropped."""
+        taken = written.index(None) if None in written else len(written)
+        self._store.drop([place for place in written[taken:] if place is not None])
+        return written[:taken] + [None] * (len(written) - taken)
+
+    def _count(self, run: Run, written: list[int | None]) -> None:
+        """While the run is leased, so that no event of its removal comes before that of its storing."""
         taken = len(written) - written.count(None)
         with self._changed:
             self.saved_blocks += taken
             self.saved_bytes += taken * run.node.tree.record_bytes
         if taken and self._events.active:
             keys = tuple(head.key for head in run.heads[:taken])
-            block_tokens = run.node.tree.token_bytes // 4
-            fingerprint = run.node.tree.id.fingerprint
+            tree = run.pin.tree
             self._events.publish(
-                BlockStored(keys, run.heads[0].parent, b"", block_tokens, fingerprint, TierName.SSD)
-            )  # fmt: skip
-        return taken == len(written)
+                BlockStored(keys, run.heads[0].parent, b"", tree.token_bytes // 4, tree.id.fingerprint, TierName.SSD)
+            )
 
     def _drop(self, node: Node, reason: str) -> None:
         blocks = saving.forget(self._index, node)

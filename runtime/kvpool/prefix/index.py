@@ -241,11 +241,17 @@ class PrefixIndex:
         finally:
             self._release()
 
-    def shorten(self, pin: Pin, depth: int) -> None:
-        """Let go of the blocks from `depth` on. No use: ages stay as they are."""
+    def shorten(self, pin: Pin, depth: int, *, uncount: bool = False) -> None:
+        """Let go of the blocks from `depth` on. No use: ages stay as they are.
+
+        `uncount`: the request that pinned them is not served by them, so take them out of the statistics.
+        """
         with self.lock:
             if depth >= pin.depth:
                 return
+            if uncount:
+                self.matched_blocks -= pin.depth - depth
+                self.shared_hits -= max(0, self._shared_depth(pin) - depth)
             node = target = self._settled(pin)
             while target.start >= depth and target.parent is not None:
                 target = target.parent
@@ -291,10 +297,7 @@ class PrefixIndex:
     def shared_blocks(self, pin: Pin) -> int:
         """How many of the pinned blocks are a shared prefix."""
         with self.lock:
-            node = self._settled(pin)
-            while node.parent is not None and not node.shared:
-                node = node.parent
-            return min(node.end, pin.depth)
+            return self._shared_depth(pin)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -502,6 +505,12 @@ class PrefixIndex:
         pin.node = node
         return node
 
+    def _shared_depth(self, pin: Pin) -> int:
+        node = self._settled(pin)
+        while node.parent is not None and not node.shared:
+            node = node.parent
+        return min(node.end, pin.depth)
+
     def _move(self, pin: Pin, node: Node, depth: int) -> None:
         """Lengthen the pin: the longer lease is counted before the shorter one ends."""
         self._hold(node, depth)
@@ -666,6 +675,8 @@ class PrefixIndex:
             self._leave_regions(node, level, taken)
         if level == SSD:
             node.save_to = min(node.save_to, node.start + first)  # to be asked for again when it is used again
+            if len(node.places[SSD] or ()) > first or any(child.places[SSD] for child in node.children.values()):
+                node.tree.gapped = True
         if node.places[level] is None:
             self.bytes -= LEVEL_BYTES
             for at in LEVELS[level:]:
@@ -847,10 +858,13 @@ class PrefixIndex:
     def _leave_regions(self, node: Node, level: int, places: Sequence[int]) -> None:
         """Some blocks of the node lay at `places`: take it out of the regions in which none of them lies any more."""
         region_of, residents = self.region_of[level], self.residents[level]
-        left = node.places[level] or ()
-        for region in {region_of(place) for place in places if place != NOWHERE}:
-            if any(place != NOWHERE and region_of(place) == region for place in reversed(left)):
-                continue
+        left = {region_of(place) for place in places if place != NOWHERE}
+        for place in reversed(node.places[level] or ()):
+            if place != NOWHERE:
+                left.discard(region_of(place))
+                if not left:
+                    return
+        for region in left:
             nodes = residents.get(region)
             if nodes is not None:
                 nodes.discard(node)

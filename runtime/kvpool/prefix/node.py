@@ -101,8 +101,8 @@ class Node:
         self.shared = False
         self.queued = False
         """In the write queue."""
-        self.busy = False
-        """Some of its blocks are being written to SSD right now."""
+        self.busy: object | None = None
+        """Whoever is writing some of its blocks to SSD right now; a split hands it on to the upper part."""
         self.save_to = 0
         """Blocks before this depth are wanted on SSD."""
 

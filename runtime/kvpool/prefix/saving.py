@@ -55,10 +55,24 @@ def want(index: PrefixIndex, pin: Pin, depth: int) -> Node | None:
         if node.parent is None:
             return None
         node.save_to = max(node.save_to, depth)
-        if node.queued or _saved(node) >= depth - node.start:
+        if node.queued or (_saved(node) >= depth - node.start and _topmost_unsaved(node) is node):
             return None
         node.queued = True
         return node
+
+
+def is_between_saved(index: PrefixIndex, pin: Pin, first: int) -> bool:
+    """Whether pinned blocks from `first` on are missing on SSD before others that are there: a gap to be closed."""
+    with index.lock:
+        for node in reversed(index.path(pin)):
+            if node.end <= first:
+                break
+            places, saved = node.places[SSD], _saved(node)
+            if places is not None and saved < len(places):
+                return True
+            if saved < node.blocks and any(child.places[SSD] for child in node.children.values()):
+                return True
+    return False
 
 
 def want_everything(index: PrefixIndex, tree: PrefixTree) -> list[Node]:
@@ -93,7 +107,7 @@ def begin(
             _give_up(node)
             return Idle.DONE
         target = _topmost_unsaved(node)
-        if target.busy:
+        if target.busy is not None:
             return Idle.BUSY
         first = _saved(target)
         until = target.blocks if target is not node else node.save_to - node.start
@@ -104,23 +118,27 @@ def begin(
             return Idle.DONE
         pin = Pin(tree, target, target.start + first + len(places))
         index._count_lease(target, pin.depth)
-        target.busy = True
+        target.busy = pin
         heads = edge_heads(target, first, first + len(places), payload_bytes=payload_bytes)
         return Run(node, pin, target, target.start + first, places, heads)
 
 
 def finish(index: PrefixIndex, run: Run, written: Sequence[int | None]) -> list[int]:
-    """Enter what was written (None where nothing was), end the lease; the places that are not needed after all."""
+    """Enter what was written (None where nothing was); the places that are not needed after all."""
     places = [NOWHERE if place is None else place for place in written]
     refused = index.fill(run.pin, run.first, SSD, places)
     with index.lock:
         part: Node | None = run.node
-        while part is not None and part.end > run.first:  # a split has made several parts of it
-            part.busy = False
+        while part is not None:  # splits may have made several parts of it
+            if part.busy is run.pin:
+                part.busy = None
             part = part.parent
-        run.node.busy = False
-    index.unpin(run.pin)
     return refused
+
+
+def end(index: PrefixIndex, run: Run) -> None:
+    """Give the run's lease up, after `finish`."""
+    index.unpin(run.pin)
 
 
 def _standing(node: Node) -> Node:

@@ -39,6 +39,8 @@ class PrefixTree:
         self.root.whole = True
         self.gone = False
         """In no index now: erased, or empty and given up until it is matched or entered again."""
+        self.gapped = False
+        """A record was lost from SSD with others below it: what is used is to be looked at, and saved again."""
         self.erased = False
         """Nothing may be entered any more, and nothing is found."""
 
