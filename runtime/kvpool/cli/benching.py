@@ -78,11 +78,14 @@ def _print_tables(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path
     for name, text in described(directory).items():
         out.print(f"{name + ':':10}{text}")
     for benchmark in benchmarks:
-        rows = [_cells(row) for row in _measured(asked, benchmark, directory)]
-        made = table(tuple(_WIDTHS), rows, right=_NUMBERS)
+        rows = list(_measured(asked, benchmark, directory))
+        made = table(tuple(_WIDTHS), [_cells(row) for row in rows if not row.reason], right=_NUMBERS)
         for column, width in zip(made.columns, _WIDTHS.values(), strict=True):
             column.min_width = width
         out.print(f"\n[bold]{benchmark.name}[/]: {benchmark.about}", made, sep="\n")
+        for row in rows:
+            if row.reason:
+                out.print(f"{row.name} was not measured: {row.reason}", markup=False)
 
 
 def _print_markdown(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path) -> None:
@@ -97,9 +100,7 @@ def _print_markdown(asked: Asked, benchmarks: Sequence[Benchmark], directory: Pa
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    if row.figure is None:
-        return row.name, "-", f"not measured: {row.reason}", "", "", "", ""
-    value, probe, ratio = row.figure
+    value, probe, ratio = row.figure or (None, None, None)
     target = "" if row.target is None else str(row.target)
     numbers = figure(value), row.unit, figure(probe), figure(ratio)
     return row.name, *numbers, target, _MET[row.met]

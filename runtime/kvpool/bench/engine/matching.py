@@ -1,20 +1,28 @@
 """Matching: how long it takes to find a prompt among 10,000 others, to hold it, and to let it go."""
 
+from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
+
 from kvpool.bench.area import Conditions
 from kvpool.bench.engine.forest import BLOCK_TOKENS, Forest
-from kvpool.bench.rounds import Measure, beside, seconds_per_call
+from kvpool.bench.engine.pools import MIB, EngineMemory, Prompts, open_model, pool_config
+from kvpool.bench.rounds import Measure, alone, beside, seconds_per_call
 from kvpool.bench.row import Figure, Row, at_most, ratio_at_most
+from kvpool.blocks.tokens import Tokens
+from kvpool.pool.model import Model
 from kvpool.prefix.index import Pin
 
 OTHER_PREFIXES = 10_000
 OTHER_BLOCKS = 16
 SPLITS = 16
+CALL_PAYLOAD_BYTES = 256
 COLD_BYTES = 96 << 20
 """Prompts, and their copies in the tree, of so many bytes together: three times a large last-level cache."""
 _US = 1e6
@@ -116,3 +124,27 @@ def run_leases(conditions: Conditions) -> Iterator[Row]:
     yield Row("lease.open-and-close", "us", Figure(held * _US), at_most(1.035))
     yield Row("lease.reference-taken-per-node", "ns", Figure(taken * _NS), at_most(35))
     yield Row("lease.reference-given-up-per-node", "ns", Figure(given * _NS), at_most(35))
+
+
+def run_calls(conditions: Conditions) -> Iterator[Row]:
+    """Rows of `call`: `Model.match` and `Lease.close`, as a user calls them, by the form of the tokens."""
+    config = pool_config(ram_bytes=256 * MIB)
+    pool, model = open_model(config, conditions.directory / "pool", CALL_PAYLOAD_BYTES)
+    memory, prompts = EngineMemory(CALL_PAYLOAD_BYTES, 64), Prompts()
+    with pool:
+        for _ in range(conditions.scaled(OTHER_PREFIXES)):
+            model.store(prompts.next(2), memory)
+        for tokens, name in ((1_024, "1k"), (4_096, "4k"), (32_768, "32k")):
+            prompt = prompts.next(tokens // BLOCK_TOKENS)
+            model.store(prompt, memory)
+            ids = array("i", prompt)
+            forms = {"bytes": prompt, "array": ids, "numpy": np.frombuffer(prompt, np.int32), "list": ids.tolist()}
+            for form, value in forms.items():
+                calls = conditions.scaled(1_000 if form == "list" else 10_000)
+                held = seconds_per_call(partial(_match_and_close, model, value), calls)
+                target = at_most(3.04) if form == "bytes" and tokens <= 4_096 else None
+                yield Row(f"call.{name}.{form}", "us", alone(held, conditions.rounds).in_unit(_US), target)
+
+
+def _match_and_close(model: Model, tokens: Tokens) -> None:
+    model.match(tokens).close()

@@ -4,6 +4,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from statistics import median
 
 from kvpool.bench.area import Conditions, UnmeasurableError
 from kvpool.bench.engine.pools import KIB, MIB, EngineMemory, InPlace, Prompts, layout_of, open_model, pool_config
@@ -120,37 +121,54 @@ def _pool_rows(conditions: Conditions) -> Iterator[Row]:
     """The same through the public face, where reading verifies each record and copies it out."""
     blocks = conditions.scaled(POOL_ROUND_BYTES // PAYLOAD_BYTES, least=2)
     nbytes = blocks * layout_of(PAYLOAD_BYTES).record_bytes
-    ssd_bytes = max(conditions.scaled(SSD_BYTES), (conditions.rounds + 4) * nbytes)
-    config = pool_config(ram_bytes=4 * nbytes, ssd_bytes=ssd_bytes)
-    memory, prompts = EngineMemory(PAYLOAD_BYTES, blocks), Prompts()
-    to_read = [prompts.next(blocks) for _ in range(conditions.rounds)]
-    singles = [prompts.next(1) for _ in range(2)]
     raw_path = conditions.directory / "pool.raw"
     with RawDisk(raw_path, block_bytes=JOB_BYTES, blocks=-(-nbytes // JOB_BYTES), depth=DEPTH) as raw:
-        pool, model = open_model(config, conditions.directory / "pool", PAYLOAD_BYTES)
+        raw.write_all()
+        memory = EngineMemory(PAYLOAD_BYTES, blocks)
+        yield _storing_row(blocks, nbytes, memory, raw, conditions)
+        yield from _loading_rows(blocks, nbytes, memory, raw, conditions)
+    raw_path.unlink()
 
-        def write(prompt: bytes) -> None:
+
+def _storing_row(blocks: int, nbytes: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions) -> Row:
+    """Into a full ssd tier: every round frees the oldest segments and writes where they were."""
+    ssd_bytes = max(conditions.scaled(SSD_BYTES), 6 * nbytes)
+    config = pool_config(ram_bytes=4 * nbytes, ssd_bytes=ssd_bytes)
+    pool, model = open_model(config, conditions.directory / "stored", PAYLOAD_BYTES)
+    prompts = Prompts()
+
+    def write() -> None:
+        model.store(prompts.next(blocks), memory)
+        pool.flush(60)
+
+    with pool:
+        for _ in range(ssd_bytes // nbytes + 1):
+            write()
+        subject, probe = bytes_per_second(write, nbytes), bytes_per_second(raw.write_all, raw.nbytes)
+        written = beside(subject, probe, conditions.rounds).in_unit(_GIB_PER_BYTE)
+    return Row("ssd.store-and-flush.2MiB", "GiB/s", written, ratio_at_least(0.8))
+
+
+def _loading_rows(
+    blocks: int, nbytes: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions
+) -> Iterator[Row]:
+    """Prompts that were stored before the pool was closed and opened again, each loaded once."""
+    config = pool_config(ram_bytes=4 * nbytes, ssd_bytes=2 * (conditions.rounds + 2) * nbytes)
+    directory, prompts = conditions.directory / "loaded", Prompts()
+    long, single = [[prompts.next(size) for _ in range(conditions.rounds)] for size in (blocks, 1)]
+    pool, model = open_model(config, directory, PAYLOAD_BYTES)
+    with pool:
+        for prompt in long + single:
             model.store(prompt, memory)
             pool.flush(60)
-
-        with pool:
-            raw.write_all()
-            for _ in range(ssd_bytes // nbytes + 1):
-                write(prompts.next(blocks))
-            writing = bytes_per_second(lambda: write(prompts.next(blocks)), nbytes)
-            written = beside(writing, bytes_per_second(raw.write_all, raw.nbytes), conditions.rounds)
-            yield Row("ssd.store-and-flush.2MiB", "GiB/s", written.in_unit(_GIB_PER_BYTE), ratio_at_least(0.8))
-            for prompt in to_read + singles:
-                write(prompt)
-        pool, model = open_model(config, conditions.directory / "pool", PAYLOAD_BYTES)
-        with pool:
-            unread = iter(to_read)
-            reading = bytes_per_second(lambda: _load(model, next(unread), memory), nbytes)
-            read = beside(reading, bytes_per_second(raw.read_all, raw.nbytes), conditions.rounds)
-            yield Row("ssd.cold-load.2MiB", "GiB/s", read.in_unit(_GIB_PER_BYTE), ratio_at_least(0.9))
-            peaks = [_traced_peak(partial(_load, model, prompt, InPlace())) for prompt in singles]
-            yield Row("ssd.load-allocates.2MiB", "KiB", Figure(peaks[-1] / KIB), at_most(64))
-    raw_path.unlink()
+    pool, model = open_model(config, directory, PAYLOAD_BYTES)
+    with pool:
+        unread = iter(long)
+        subject = bytes_per_second(lambda: _load(model, next(unread), memory), nbytes)
+        read = beside(subject, bytes_per_second(raw.read_all, raw.nbytes), conditions.rounds)
+        yield Row("ssd.cold-load.2MiB", "GiB/s", read.in_unit(_GIB_PER_BYTE), ratio_at_least(0.9))
+        peaks = [_traced_peak(partial(_load, model, prompt, InPlace())) for prompt in single]
+        yield Row("ssd.load-allocates.2MiB", "KiB", Figure(median(peaks) / KIB), at_most(64))
 
 
 def _load(model: Model, prompt: bytes, sink: BlockSink) -> None:
