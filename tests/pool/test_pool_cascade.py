@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -17,11 +16,11 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import Refusal
 from kvpool.prefix.node import RAM as RAM_LEVEL
-from kvpool.tiers.ssd.disk import PosixDisk
 from kvpool.tiers.ssd.scratch import aligned
 from kvpool.tiers.ssd.tier import SsdTier
 from kvpool.tiers.tier import TierName
 
+from .disks import SickDisk
 from .kv import (
     BLOCK_TOKENS,
     MIB,
@@ -48,29 +47,6 @@ from .kv import (
 
 RAM, SSD = TierName.RAM, TierName.SSD
 FOUR = prompt(4, seed=1)
-
-
-class WatchedDisk(PosixDisk):
-    """Counts reads and writes of records, and holds them while `go_on` is not set."""
-
-    def __init__(self) -> None:
-        self.reads = self.writes = self.held = 0
-        self.go_on = threading.Event()
-        self.go_on.set()
-
-    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        self.reads += 1
-        self._wait()
-        return super().preadv(fd, buffers, offset)
-
-    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        self.writes += 1
-        self._wait()
-        return super().pwritev(fd, buffers, offset)
-
-    def _wait(self) -> None:
-        self.held += not self.go_on.is_set()
-        assert self.go_on.wait(60), "the test forgot to let the call go on"
 
 
 def on_ssd(pool: Pool) -> int:
@@ -226,20 +202,20 @@ def test_without_read_ahead_nothing_is_read_before_it_is_needed(tmp_path: Path) 
 
 def _reads_at_the_first_block(directory: Path, *, read_ahead: bool, wait_for: int) -> int:
     """How many reads of a prompt of three batches had begun when the sink got the first block."""
-    disk = WatchedDisk()
+    disk = SickDisk()
     seen: list[int] = []
 
     class Watches(Prompt):
         def write_block(self, index: int, payload: Buffer) -> None:
             super().write_block(index, payload)
             if index == 0:
-                eventually(lambda: disk.reads - before >= wait_for, "enough is read ahead")
-                seen.append(disk.reads - before)
+                eventually(lambda: disk.calls["preadv"] - before >= wait_for, "enough is read ahead")
+                seen.append(disk.calls["preadv"] - before)
 
     with open_pool(directory, ram=200 * RECORD, ssd=32 * MIB, read_ahead=read_ahead, disk=disk) as pool:
         model = pool.register(spec())
         stored_below(pool, model, prompt(96))
-        before = disk.reads
+        before = disk.calls["preadv"]
         sink = Watches(model, prompt(96), "default")
         with model.match(prompt(96)) as lease:
             assert lease.load(sink) == 96 * BLOCK_TOKENS
@@ -596,31 +572,31 @@ def test_write_amplification_counts_all_that_went_to_the_disk(tmp_path: Path) ->
 
 
 def test_flush_gives_up_at_its_deadline_and_waits_to_the_end_without_one(tmp_path: Path) -> None:
-    disk = WatchedDisk()
+    disk = SickDisk()
     with open_pool(tmp_path, ssd=4 * MIB, disk=disk) as pool:
         model = pool.register(spec())
-        disk.go_on.clear()
+        disk.stalls = lambda name: name == "pwritev"
         try:
             store(model, FOUR)
             assert not pool.flush(deadline_s=0.01)
             assert pool.stats().write_behind.saved_blocks == 0
         finally:
-            disk.go_on.set()
+            disk.recover()
         assert pool.flush()
         assert on_ssd(pool) == 4
 
 
 def test_a_store_never_waits_for_the_disk_and_what_is_evicted_unwritten_is_counted(tmp_path: Path) -> None:
-    disk = WatchedDisk()
+    disk = SickDisk()
     with open_pool(tmp_path, ram=16 * RECORD, ssd=4 * MIB, disk=disk) as pool:
         model = pool.register(spec())
-        disk.go_on.clear()
+        disk.stalls = lambda name: name == "pwritev"
         try:
             for seed in range(10):
                 assert store(model, prompt(4, seed=seed)).stored == 4
             eventually(lambda: disk.held > 0, "a write has begun")
         finally:
-            disk.go_on.set()
+            disk.recover()
         flushed(pool)
         dropped = pool.stats().write_behind.dropped_blocks
         assert dropped["evicted-before"] > 0
@@ -630,33 +606,33 @@ def test_a_store_never_waits_for_the_disk_and_what_is_evicted_unwritten_is_count
 
 
 def test_what_is_being_written_is_not_evicted_under_the_writer(tmp_path: Path) -> None:
-    disk = WatchedDisk()
+    disk = SickDisk()
     with open_pool(tmp_path, ram=8 * RECORD, ssd=4 * MIB, disk=disk) as pool:
         model = pool.register(spec())
-        disk.go_on.clear()
+        disk.stalls = lambda name: name == "pwritev"
         try:
             store(model, FOUR)
             eventually(lambda: disk.held > 0, "the write has begun")
             assert store(model, prompt(8, seed=2)).refused == {Refusal.NO_ROOM: 4}
         finally:
-            disk.go_on.set()
+            disk.recover()
         flushed(pool)
         empty_ram(pool)
         assert load(model, FOUR) == 4
 
 
 def test_closing_does_not_wait_for_a_disk_that_stalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_THREAD_DEADLINE_S", 0.05)
-    disk = WatchedDisk()
+    monkeypatch.setattr(pool_module, "GRACE_S", 0.05)
+    disk = SickDisk()
     pool = open_pool(tmp_path, ssd=4 * MIB, disk=disk)
     model = pool.register(spec())
-    disk.go_on.clear()
+    disk.stalls = lambda name: name == "pwritev"
     try:
         store(model, FOUR)
         eventually(lambda: disk.held > 0, "the write has begun")
         pool.close(deadline_s=0.05)
     finally:
-        disk.go_on.set()
+        disk.recover()
     eventually(_reopens(tmp_path), "the write that was left behind has given the directory back")
 
 

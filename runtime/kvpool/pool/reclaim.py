@@ -1,13 +1,15 @@
-"""Frees SSD segments, so that writes find room: what nothing hangs on goes, what others hang on is written again.
+"""Frees SSD segments, so that writes find room: what nothing hangs on goes, and so do chains not used for long.
 
-A segment is passed over while one of its blocks is leased or it is being read. Records that are written again count
-against the daily write budget; where that, or the room, does not allow it, they go with all that lies below them.
+What others hang on is written again. A segment is passed over while one of its blocks is leased or it is being read.
+Records that are written again count against the daily write budget; where that, or the room, does not allow it, they go
+with all that lies below them.
 """
 
 import logging
 import threading
 from collections.abc import Callable
 from itertools import accumulate
+from statistics import median
 
 from kvpool.blocks.record import Corruption, CorruptRecordError, check_payload, read_head
 from kvpool.pool.copies import Copies
@@ -17,6 +19,7 @@ from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import SSD, Node
 from kvpool.prefix.reclaiming import (
     Living,
+    drop_cold,
     is_leased,
     last_use,
     living,
@@ -84,22 +87,23 @@ class Reclaimer:
             (info for info in tier.segments() if info.sealed and not info.readers and info.id in begun),
             key=lambda info: info.created,
         )
-        by_cost = sorted(sealed[:CANDIDATES], key=self._cost)
-        return any(self._free(tier, info.id) for info in by_cost)
+        uses = {info.id: last_use(self._index, info.id) for info in sealed[:CANDIDATES]}
+        cutoff = median(uses.values()) if uses else 0.0
+        by_cost = sorted(sealed[:CANDIDATES], key=lambda info: self._cost(info, uses[info.id]))
+        return any(self._free(tier, info.id, cutoff) for info in by_cost)
 
-    def _cost(self, info: SegmentInfo) -> float:
+    def _cost(self, info: SegmentInfo, used: float) -> float:
         """Little for a segment with few live bytes that were used long ago."""
-        recency = last_use(self._index, info.id) / max(self._index.uses, 1)
-        return info.live_bytes / info.file_bytes * (0.1 + recency)
+        return info.live_bytes / info.file_bytes * (0.1 + used / max(self._index.uses, 1))
 
-    def _free(self, tier: SsdTier, segment: int) -> bool:
+    def _free(self, tier: SsdTier, segment: int, cutoff: float) -> bool:
         if is_leased(self._index, segment):
             return False
         for node in residents(self._index, segment):
             while gone := vacate_leaves(self._index, node, segment):
                 self._copies.release(gone)
         for node in residents(self._index, segment):
-            if not self._empty(node, segment):
+            if not self._empty(node, segment, cutoff):
                 return False
         if tier.places_in(segment):  # just written, and not yet entered in the index: by a writer that is about to
             return False
@@ -112,9 +116,14 @@ class Reclaimer:
         self.freed_segments += 1
         return True
 
-    def _empty(self, node: Node, segment: int) -> bool:
-        """Write the node's records in the segment again elsewhere, or remove them; False where a lease forbids it."""
+    def _empty(self, node: Node, segment: int, cutoff: float) -> bool:
+        """Remove the node's records in the segment where they are cold, else write them again elsewhere.
+
+        Where there is no room for them they go as well. False where a lease forbids it.
+        """
         while True:
+            while gone := drop_cold(self._index, node, segment, cutoff):
+                self._copies.release(gone)
             batch = living(self._index, node, segment)
             if batch is None:
                 return False

@@ -156,6 +156,7 @@ class WriteBehind:
             if not self._store.writable:
                 self._drop(node, "refused" if self._store.refusing else "ssd-unavailable")
                 return Idle.DONE
+            self._reclaimer.make_room()  # before blocks are leased for writing: those and their ancestors cannot move
             run = saving.begin(
                 self._index, node, payload_bytes_of=self._payload_bytes_of, most_bytes=RUN_BYTES
             )  # fmt: skip
@@ -170,7 +171,6 @@ class WriteBehind:
         """Write one run; False when not all of it was taken."""
         written: list[int | None] = [None] * len(run.places)
         try:
-            self._reclaimer.make_room()
             records = [self._memory.ram.record(place) for place in run.places]
             for record, head in zip(records, run.heads, strict=True):
                 seal(record, head)

@@ -7,6 +7,7 @@ again elsewhere before the segment is freed. A leased block forbids both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey
@@ -26,13 +27,14 @@ class Living(NamedTuple):
 def residents(index: PrefixIndex, segment: int) -> list[Node]:
     """The nodes with blocks in the segment, deepest first."""
     with index.lock:
-        return sorted(index.residents[SSD].get(segment, ()), key=lambda node: -node.start)
+        nodes = list(index.residents[SSD].get(segment, ()))
+    return sorted(nodes, key=lambda node: -node.start)
 
 
 def is_leased(index: PrefixIndex, segment: int) -> bool:
     """Whether a block in the segment is leased."""
-    with index.lock:
-        for node in index.residents[SSD].get(segment, ()):
+    for node in residents(index, segment):
+        with index.lock:
             leased = node.leased_to() - node.start
             if leased > 0 and any(at < leased for at in index.inside(node, SSD, segment)):
                 return True
@@ -41,27 +43,35 @@ def is_leased(index: PrefixIndex, segment: int) -> bool:
 
 def last_use(index: PrefixIndex, segment: int) -> float:
     """When the segment's blocks were used, on average over its nodes, on the index's clock."""
-    with index.lock:
-        ages = [node.used_at(0) for node in index.residents[SSD].get(segment, ())]
+    ages = [node.last_use for node in residents(index, segment)]
     return sum(ages) / len(ages) if ages else 0.0
 
 
 def vacate_leaves(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
     """Remove up to 32 unleased records from the end of an edge that lie in the segment and that nothing hangs on."""
-    gone: list[Gone] = []
     region_of = index.region_of[SSD]
     with index.lock:
-        if any(child.places[SSD] for child in node.children.values()):  # what is on SSD has its parent there
-            return gone
-        while len(gone) < BATCH_BLOCKS and (places := node.places[SSD]) is not None:
-            last = len(places) - 1
-            if node.start + last < node.leased_to() or region_of(places[last]) != segment:
-                break
-            is_last_copy = not any(node.place(last, level) != NOWHERE for level in LEVELS[:SSD])
-            if is_last_copy and (node.children or last + 1 < node.held_to()):
-                break
-            index._remove(node, last, last + 1, SSD, Loss.SEGMENT_FREED, gone)
-    return gone
+        if _child_on_ssd(node) is not None:
+            return []
+        return _remove_from_end(index, node, lambda at, place: region_of(place) == segment)
+
+
+def drop_cold(index: PrefixIndex, node: Node, segment: int, cutoff: float) -> list[Gone]:
+    """Remove up to 32 records of a chain that was not used since `cutoff`, the deepest first.
+
+    It is the chain that goes through the node's first record in the segment: what hangs on a block was never used later
+    than the block itself, so all of it is as cold. Copies in faster tiers stay. Empty when the block is not cold, or
+    when a lease, or a copy elsewhere that hangs on what lies on SSD alone, forbids it.
+    """
+    with index.lock:
+        inside = index.inside(node, SSD, segment)
+        if not inside or node.used_at(inside[0]) > cutoff:
+            return []
+        leaf = node
+        while (child := _child_on_ssd(leaf)) is not None:
+            leaf = child
+        first = inside[0] if leaf is node else 0
+        return _remove_from_end(index, leaf, lambda at, place: at >= first)
 
 
 def living(index: PrefixIndex, node: Node, segment: int) -> list[Living] | None:
@@ -103,3 +113,22 @@ def remove_below(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
         if held > max(leased, first):
             index._remove_blocks(leaf, max(leased, first, held - BATCH_BLOCKS), Loss.SEGMENT_FREED, gone)
         return gone
+
+
+def _child_on_ssd(node: Node) -> Node | None:
+    """A child with records on SSD: what is there has its parent there, so one look at each child tells."""
+    return next((child for child in node.children.values() if child.places[SSD]), None)
+
+
+def _remove_from_end(index: PrefixIndex, node: Node, wanted: Callable[[int, int], bool]) -> list[Gone]:
+    """Remove up to 32 wanted records (index in the edge, place), last first, that can go: see the module."""
+    gone: list[Gone] = []
+    while len(gone) < BATCH_BLOCKS and (places := node.places[SSD]) is not None:
+        last = len(places) - 1
+        if node.start + last < node.leased_to() or not wanted(last, places[last]):
+            break
+        is_last_copy = not any(node.place(last, level) != NOWHERE for level in LEVELS[:SSD])
+        if is_last_copy and (node.children or last + 1 < node.held_to()):
+            break
+        index._remove(node, last, last + 1, SSD, Loss.SEGMENT_FREED, gone)
+    return gone
