@@ -32,12 +32,22 @@ class QuickDisk(PosixDisk):
 
 
 class DiskWithABadPage(QuickDisk):
-    """One page of the segment file that is opened first can be neither read nor written."""
+    """One page of the segment file that is opened first, or condemned, can be neither read nor written."""
 
-    def __init__(self, page: int) -> None:
-        self._offset = page * PAGE_BYTES
+    def __init__(self, page: int | None) -> None:
+        self.page = page
+        """None: all are good, for now."""
         self._path: Path | None = None
         self._fds: set[int] = set()
+
+    def condemn(self, path: Path) -> None:
+        """From its next opening on this file is the bad one, whatever it is renamed to."""
+        self._path, self._fds = path, set()
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        if old == self._path:
+            self._path = new
 
     def open(self, path: Path, *, create: bool = False, direct: bool = False) -> int:
         fd = super().open(path, create=create, direct=direct)
@@ -60,7 +70,7 @@ class DiskWithABadPage(QuickDisk):
 
     def _check(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         end = offset + sum(memoryview(buffer).nbytes for buffer in buffers)
-        if fd in self._fds and offset <= self._offset < end:
+        if fd in self._fds and self.page is not None and offset <= self.page * PAGE_BYTES < end:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 

@@ -21,7 +21,7 @@ from .records import all_recovered, is_record, put_although_full, read, records,
 
 KILLS = int(os.environ.get("KVPOOL_KILLS", "40"))
 """`KVPOOL_KILLS=500 pytest tests/tiers/ssd/test_crashes.py` kills more often, with another seed each time."""
-SEGMENT_BYTES = 9 * PAGE_BYTES
+SEGMENT_BYTES = 10 * PAGE_BYTES
 CAPACITY_BYTES = 4 * PAGE_BYTES + 6 * SEGMENT_BYTES
 DIRECTORY = Path("/on-a-disk-in-memory")
 

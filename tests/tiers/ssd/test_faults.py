@@ -21,8 +21,8 @@ from kvpool.tiers.tier import TierUnavailableError
 from .disks import Fault, FaultyDisk, Plan, QuickDisk, from_the_nth_on, nothing, the_nth
 from .records import all_recovered, is_record, read, records, sound
 
-SEGMENT_BYTES = 9 * PAGE_BYTES
-"""A header, three records of two pages or one of six, and a footer."""
+SEGMENT_BYTES = 10 * PAGE_BYTES
+"""A header, four records of two pages, and a footer."""
 CAPACITY_BYTES = 4 * PAGE_BYTES + 5 * SEGMENT_BYTES
 DAILY_BYTES = 1 << 30
 ALL_CALLS = {

@@ -29,10 +29,11 @@ class Descriptors:
         with self._lock:
             fd = self._open.get(segment)
             if fd is None:
-                self._make_room()
+                self._close_idle(MAX_OPEN_SEGMENTS - 1)
                 fd = self._open[segment] = self._disk.open(segment.path, direct=self._direct)
             else:
                 self._open.move_to_end(segment)
+                self._close_idle(MAX_OPEN_SEGMENTS)
             return fd
 
     def close(self, segment: Segment) -> None:
@@ -48,11 +49,12 @@ class Descriptors:
             while self._open:
                 self._close(self._open.popitem()[1])
 
-    def _make_room(self) -> None:
-        if len(self._open) >= MAX_OPEN_SEGMENTS:
+    def _close_idle(self, wanted: int) -> None:
+        while len(self._open) > wanted:
             idle = next((segment for segment in self._open if not segment.busy), None)
-            if idle is not None:
-                self._close(self._open.pop(idle))
+            if idle is None:  # one call uses them all
+                return
+            self._close(self._open.pop(idle))
 
     def _close(self, fd: int) -> None:
         try:

@@ -205,8 +205,7 @@ class Space:
 
         Raises `OSError` where neither can be done; the file then counts until a later call can unlink it.
         """
-        usable = segment.file_bytes == self.segment_bytes and self._used_bytes <= self.capacity_bytes
-        reusable = usable and self._blank(segment)
+        reusable = self._used_bytes <= self.capacity_bytes and self._blank(segment)
         if reusable:
             self.descriptors.close(segment)
         else:
@@ -278,7 +277,7 @@ class Space:
 
     def _pop_blank_if_over(self, allowed_bytes: int) -> Blank | None:
         with self._lock:
-            return self._blanks.pop() if self._blanks and self._used_bytes > allowed_bytes else None
+            return self._blanks.pop(0) if self._blanks and self._used_bytes > allowed_bytes else None
 
     def _take_blank(self, file_bytes: int) -> Blank | None:
         with self._lock:
@@ -296,21 +295,23 @@ class Space:
             path = self._path(self._next_id())
             self._used_bytes += file_bytes
         try:
-            fd = self._disk.open(path, create=True, direct=self._direct)
-        except OSError:
+            self._make_file(path, file_bytes)
+        except FileExistsError:  # somebody else's: the next try takes another name
             with self._lock:
                 self._used_bytes -= file_bytes
             raise
-        try:
-            try:
-                self._disk.fallocate(fd, file_bytes)
-            finally:
-                self._disk.close(fd)
         except OSError:
             with suppress(OSError):  # counted as litter then
                 self._unlink(path, file_bytes)
             raise
         return Blank(path, file_bytes)
+
+    def _make_file(self, path: Path, file_bytes: int) -> None:
+        fd = self._disk.open(path, create=True, direct=self._direct)
+        try:
+            self._disk.fallocate(fd, file_bytes)
+        finally:
+            self._disk.close(fd)
 
     def _begin(self, blank: Blank, fingerprint: Fingerprint) -> Segment:
         """Turn a blank into an open segment under a new id. Does I/O; raises `OSError`, the blank is gone then.
