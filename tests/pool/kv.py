@@ -77,12 +77,15 @@ def config(
 
 
 def open_pool(directory: Path, *, disk: Disk | None = None, **options: Any) -> Pool:
-    """A pool of `config(**options)` in `directory`, whose memory was touched: the part of which that is just happening
-    is nobody's, and a RAM tier as small as ours would be a block smaller meanwhile."""
+    """A pool of `config(**options)` in `directory`.
+
+    The part of its memory that is being touched ahead is nobody's: a RAM tier of a few blocks would be one block
+    smaller meanwhile, so that is waited for.
+    """
     pool = Pool.open(config(**options), directory=directory, disk=disk)
     touching = pool._engine.ram._prefault_thread
-    assert touching is not None
-    touching.join()
+    if pool.config.ram.capacity_bytes < 64 * RECORD and touching is not None:
+        touching.join()
     return pool
 
 

@@ -1,7 +1,7 @@
 """Keeps what became of lost blocks over a restart, so that `explain` can answer for the process before.
 
-Written when a pool closes and removed when it opens: after a crash there is none, and the history begins anew. Layout,
-little-endian:
+Written when a pool closes and removed when it has opened: after a crash there is none, and the history begins anew.
+Layout, little-endian:
 
     0     8   magic "kvpool\\0H"           8    4   format version
     12    4   number of losses            16   8   complete since (double, unix seconds; 0: nothing was forgotten)
@@ -35,16 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_history(path: Path, *, is_new: bool) -> History:
-    """Return the history of the process before; a new one, complete since now, where that is not known.
-
-    The file is removed, so that a crash cannot leave an old one behind.
-    """
+    """Return the history of the process before; a new one, complete since now, where that is not known."""
     history = History(CAPACITY)
     if is_new:
         return history
     try:
         data = path.read_bytes()[: _MAX_BYTES + 1]
-        path.unlink()
     except FileNotFoundError:
         return _begun_anew()
     except OSError as error:
@@ -56,6 +52,14 @@ def load_history(path: Path, *, is_new: bool) -> History:
         return _begun_anew()
     history.complete_since_s = since or None
     return history
+
+
+def discard_history(path: Path) -> None:
+    """Remove the file, once the pool is open: a crash must not leave an old one behind."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("%s cannot be removed (%s)", path, error)
 
 
 def _begun_anew() -> History:

@@ -20,7 +20,7 @@ from kvpool.pool.directory import PoolDirectory
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import Event
 from kvpool.pool.explain import Explainer
-from kvpool.pool.history_file import load_history, save_history
+from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
 from kvpool.pool.registry import Registry
@@ -223,6 +223,7 @@ class Pool:
             use_tier(engine, tier)
         if not engine.tenants.epochs.trusted:
             distrust(engine.tenants.epochs)
+        discard_history(self._directory.history)
         for notice in self.notices:
             _log.warning("%s", notice)
         self._memory_keeper.start(self._chores.in_memory())

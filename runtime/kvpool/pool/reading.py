@@ -9,11 +9,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from kvpool.blocks.record import CorruptRecordError, Head, open_record
+from kvpool.blocks.record import Buffer, CorruptRecordError, Head, open_record
 from kvpool.pool.memory import Memory
 from kvpool.pool.ssd_store import SsdStore, TierOutError
+from kvpool.tiers.ssd.place import bytes_of, offset_of, segment_of
 
 UNREADABLE = "unreadable"
 """What is said of a record that did not come whole."""
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 class ReadJob:
     """Some records of one chain, to be read side by side into RAM slots."""
 
-    __slots__ = ("_abandoned", "_lock", "done", "faults", "heads", "nbytes", "places", "slots")
+    __slots__ = ("_abandoned", "_lock", "done", "faults", "heads", "nbytes", "places", "progress_s", "slots")
 
     def __init__(self, places: Sequence[int], slots: list[int], heads: Sequence[Head]) -> None:
         self.places = places
@@ -34,6 +35,8 @@ class ReadJob:
         self.nbytes = sum(head.record_bytes for head in heads)
         self.faults: list[str | None] = []
         """Once done, per record: None, or why it is not the one that was asked for."""
+        self.progress_s = 0.0
+        """When its last read began, on the store's clock; 0 while it waits for a thread."""
         self.done = threading.Event()
         self._lock = threading.Lock()
         self._abandoned = False
@@ -80,11 +83,15 @@ class Readers:
         self._jobs.put(job)
 
     def wait(self, job: ReadJob, budget_s: float) -> bool:
-        """Wait for a job; False once no read of the tier has made progress for `budget_s`."""
+        """Wait for a job; False once it has made no progress for `budget_s`.
+
+        While it waits for a thread, every read of the tier is progress; from then on, its own are.
+        """
         began = self._store.clock()
         left_s = budget_s
         while not job.done.wait(left_s):
-            left_s = max(began, self._store.last_progress) + budget_s - self._store.clock()
+            progress_s = job.progress_s or self._store.last_progress
+            left_s = max(began, progress_s) + budget_s - self._store.clock()
             if left_s <= 0:
                 return False
         return True
@@ -102,30 +109,49 @@ class Readers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            faults: list[str | None] = [TIER_OUT] * len(job.places)
+            faults: list[str | None] = []
             try:
                 if not job.abandoned:
-                    faults = self._read(job)
+                    self._read(job, faults)
             except TierOutError:
                 pass  # counted, and said, where it was noticed
             except Exception:  # the loop's top: a job that fails must still end, and its slots be freed
                 _log.exception("reading %d records from ssd", len(job.places))
             with self._count_lock:
                 self.pending -= 1
-            if job.finish(faults):
+            if job.finish(faults + [TIER_OUT] * (len(job.places) - len(faults))):
                 self._memory.free(job.slots)
 
-    def _read(self, job: ReadJob) -> list[str | None]:
+    def _read(self, job: ReadJob, faults: list[str | None]) -> None:
+        """Read and verify the records, those that lie side by side at once; what became of them is added to `faults`.
+
+        Raises `TierOutError`: the rest was not read.
+        """
         buffers = [self._memory.ram.record(slot) for slot in job.slots]
-        arrived = self._store.read(job.places, buffers)
-        faults: list[str | None] = []
-        for buffer, head, came in zip(buffers, job.heads, arrived, strict=True):
-            if not came:
-                faults.append(UNREADABLE)
+        for run in side_by_side(job.places):
+            job.progress_s = self._store.clock()
+            arrived = self._store.read(job.places[run], buffers[run])
+            for buffer, head, came in zip(buffers[run], job.heads[run], arrived, strict=True):
+                faults.append(_fault(buffer, head) if came else UNREADABLE)
+
+
+def side_by_side(places: Sequence[int]) -> Iterator[slice]:
+    """Cut places on SSD into runs that one call reads."""
+    first = 0
+    for at in range(1, len(places) + 1):
+        if at < len(places):
+            before, place = places[at - 1], places[at]
+            adjacent = offset_of(before) + bytes_of(before) == offset_of(place)
+            if adjacent and segment_of(before) == segment_of(place):
                 continue
-            try:
-                open_record(buffer, head)
-                faults.append(None)
-            except CorruptRecordError as error:
-                faults.append(error.reason.value)
-        return faults
+        yield slice(first, at)
+        first = at
+
+
+def _fault(buffer: Buffer, head: Head) -> str | None:
+    """Why the bytes are not the record's; None when they are."""
+    try:
+        open_record(buffer, head)
+    except CorruptRecordError as error:
+        return error.reason.value
+    return None

@@ -117,7 +117,7 @@ class PrefixIndex:
         """What the index takes of this process's memory, as estimated; 0 when it holds nothing."""
         self.blocks = 0
         self.sharing = sharing or SharingRules()
-        self.history = history or History(16_384)
+        self.history = History(16_384) if history is None else history
         self.copies = [0, 0, 0]
         """Per level: how many blocks have a copy there."""
         self.copy_bytes = [0, 0, 0]
