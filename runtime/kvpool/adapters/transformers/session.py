@@ -18,9 +18,8 @@ from kvpool.adapters.transformers.layers import KVBuffer, pooled_cache, slabs_of
 from kvpool.adapters.transformers.rows import Prompt, Row, loadable_columns
 from kvpool.blocks.layout import KVLayout
 from kvpool.blocks.tokens import Tokens, token_bytes
-from kvpool.blocks.transfer import BlockSource
+from kvpool.blocks.transfer import BlockSink, BlockSource
 from kvpool.errors import InputError, PoolClosedError
-from kvpool.pool.lease import Lease
 from kvpool.pool.results import Refusal, StoreResult
 from kvpool.tiers.tier import TierName
 
@@ -38,6 +37,35 @@ _FORBIDDEN = {
 }
 
 
+class BlockLease(Protocol):
+    """What a session needs of a `kvpool.pool.Lease`."""
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks that were matched."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """The same in tokens."""
+        ...
+
+    @property
+    def served(self) -> dict[TierName, int]:
+        """Blocks that were loaded, by tier."""
+        ...
+
+    def load(self, sink: BlockSink) -> int:
+        """Hand the blocks over; the tokens that arrived."""
+        ...
+
+    def __enter__(self) -> "BlockLease": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
 class BlockModel(Protocol):
     """What a session needs of a registered `kvpool.pool.Model`."""
 
@@ -46,7 +74,7 @@ class BlockModel(Protocol):
         """How its blocks lie."""
         ...
 
-    def match(self, tokens: Tokens, *, tenant: str = ...) -> Lease:
+    def match(self, tokens: Tokens, *, tenant: str = ...) -> BlockLease:
         """Lease the longest prefix that is held."""
         ...
 
@@ -181,7 +209,7 @@ class Session:
             buffer.clear(number, min(row.padding, columns))
         return columns
 
-    def _match(self, number: int, tokens: bytes) -> Lease:
+    def _match(self, number: int, tokens: bytes) -> BlockLease:
         return self._blocks.match(tokens, tenant=self._tenants[number])
 
     def _sequences(self, output: Any, length: int) -> torch.Tensor:

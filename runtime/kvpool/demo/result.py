@@ -1,0 +1,153 @@
+"""What the demo found: the table, the JSON file, and whether all was as it must be."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from kvpool.demo.script import ProcessReport
+from kvpool.demo.turn import TurnReport
+
+
+class Result:
+    """Both processes' reports."""
+
+    def __init__(self, first: ProcessReport, second: ProcessReport, seconds: float) -> None:
+        self.first = first
+        self.second = second
+        self.seconds = seconds
+        self.turns = (*first.turns, *second.turns)
+        assert first.first_token is not None
+        self.headline = first.first_token
+
+    @property
+    def failures(self) -> list[str]:
+        """What must not be; empty when all is well."""
+        wrong = self.first.blocks_wrong + self.second.blocks_wrong
+        failures = [f"{wrong} blocks came back other than they were stored"] if wrong else []
+        failures += [
+            f"{turn.tenant} {turn.chat}, turn {turn.turn}: the answer differs from the one that goes on from the same "
+            "cache kept in memory"
+            for turn in self.turns
+            if not turn.same_as_memory
+        ]
+        if not any(turn.served_tokens.get("ssd") for turn in self.second.turns):
+            failures.append("the second process was served nothing from ssd")
+        return failures
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `demo.json`."""
+        headline = {
+            **asdict(self.headline),
+            "times_sooner_than_cold": self.headline.times_sooner_than_cold,
+            "against_memory": self.headline.against_memory,
+            "against_memory_same_tokens": self.headline.against_memory_same_tokens,
+        }
+        return {
+            "ok": not self.failures,
+            "failures": self.failures,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(self.seconds, 1),
+            "machine": machine(),
+            "block_tokens": self.first.block_tokens,
+            "headline": headline,
+            "blocks": {
+                "stored": self.first.blocks_stored + self.second.blocks_stored,
+                "checked": self.first.blocks_checked + self.second.blocks_checked,
+                "wrong": self.first.blocks_wrong + self.second.blocks_wrong,
+            },
+            "turns": [asdict(turn) for turn in self.turns],
+            "pool": {"first": self.first.stats, "second": self.second.stats},
+        }
+
+    def write(self, path: Path) -> None:
+        """Write `demo.json`."""
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+
+    def print(self, console: Console) -> None:
+        """Print the table and what it comes to."""
+        console.print()
+        console.print(self._table())
+        console.print(*self._sentences(), sep="\n", highlight=False)
+        for failure in self.failures:
+            console.print(f"FAILED: {failure}", style="bold red")
+
+    def _table(self) -> Table:
+        title = "Tokens of each prompt by where they came from; seconds to the first token"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
+        table.add_column("chat.turn", no_wrap=True)
+        for name in ("prompt", "ram", "ssd", "cold", "kvpool", "sooner"):
+            table.add_column(name, justify="right")
+        table.add_column("same as\nmemory")
+        table.add_column("same as\ncold")
+        for turn in self.turns:
+            table.add_row(*_cells(turn), end_section=turn is self.first.turns[-1])
+        return table
+
+    def _sentences(self) -> list[str]:
+        headline, blocks = self.headline, self.as_json()["blocks"]
+        evicted = self.first.stats["write_behind"]["saved_blocks"]
+        return [
+            f"A prompt of {headline.prompt_tokens:,} tokens again: first token after {headline.pool_s:.3f} s, "
+            f"{headline.times_sooner_than_cold:.0f} times sooner than cold ({headline.cold_s:.2f} s).",
+            f"With its DynamicCache in memory already: {headline.memory_same_tokens_s:.3f} s from the same "
+            f"{headline.loaded_tokens:,} tokens ({headline.against_memory_same_tokens:.2f} times), "
+            f"{headline.memory_s:.3f} s when only the last token is missing ({headline.against_memory:.2f} times).",
+            f"Blocks of {self.first.block_tokens} tokens: {blocks['stored']} stored, {evicted} written to ssd by the "
+            f"first process, {blocks['checked']} loaded and compared with what was stored, {blocks['wrong']} wrong.",
+            "Same as memory: the answer is that of a run which goes on from the same cache kept in memory. A cold",
+            "prefill may differ in the last bits, for floating point is not associative, and so in a token.",
+        ]
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    import torch
+
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "kvpool")},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cells(turn: TurnReport) -> tuple[str, ...]:
+    return (
+        f"{turn.tenant} {turn.chat}.{turn.turn}",
+        f"{turn.prompt_tokens:,}",
+        _tokens(turn.served_tokens, "ram"),
+        _tokens(turn.served_tokens, "ssd"),
+        f"{turn.cold_s:.2f}",
+        f"{turn.pool_s:.2f}",
+        times(turn) if turn.loaded_tokens else "",
+        "yes" if turn.same_as_memory else "NO",
+        "yes" if turn.same_as_cold else "no",
+    )
+
+
+def times(turn: TurnReport) -> str:
+    """How many times sooner than cold; with a decimal while that says something."""
+    ratio = turn.cold_s / turn.pool_s
+    return f"{ratio:.0f}x" if ratio >= 9.5 else f"{ratio:.1f}x"
+
+
+def _tokens(served: Mapping[str, int], tier: str) -> str:
+    return f"{served[tier]:,}" if tier in served else "-"

@@ -1,0 +1,124 @@
+"""What the demo prints, writes and draws, and when it fails."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kvpool.demo.measure import FirstTokenFigures
+from kvpool.demo.plot import draw
+from kvpool.demo.result import Result
+from kvpool.demo.script import ProcessReport
+from kvpool.demo.turn import TurnReport
+
+FIGURES = FirstTokenFigures(
+    prompt_tokens=2000,
+    loaded_tokens=1984,
+    rounds=3,
+    cold_s=4.8,
+    pool_s=0.12,
+    pool_load_s=0.01,
+    memory_s=0.1,
+    memory_same_tokens_s=0.11,
+)
+
+
+def turn(process: int, number: int, served: dict[str, int], **options: Any) -> TurnReport:
+    values: dict[str, Any] = {
+        "process": process,
+        "tenant": "globex",
+        "chat": 2,
+        "turn": number,
+        "question": "Where?",
+        "answer": "Here.",
+        "prompt_tokens": 1700,
+        "served_tokens": served,
+        "cold_s": 12.345,
+        "pool_s": 0.25,
+        "memory_s": 0.24 if served else None,
+        "same_as_memory": True,
+        "same_as_cold": False,
+    }
+    return TurnReport(**{**values, **options})
+
+
+def report(turns: tuple[TurnReport, ...], **options: Any) -> ProcessReport:
+    values: dict[str, Any] = {
+        "chats": {"globex 2": [1, 2]},
+        "hashes": {"aa": "bb"},
+        "blocks_stored": 25,
+        "blocks_checked": 24,
+        "blocks_wrong": 0,
+        "stats": {"write_behind": {"saved_blocks": 20}},
+        "block_tokens": 64,
+        "first_token": FIGURES,
+    }
+    return ProcessReport(turns=turns, **{**values, **options})
+
+
+def result(second: TurnReport | None = None, **options: Any) -> Result:
+    first = report((turn(1, 1, {}), turn(1, 2, {"ram": 1024, "ssd": 512})), **options)
+    return Result(first, report((second or turn(2, 3, {"ssd": 1664}),), first_token=None), 183.0)
+
+
+def printed(found: Result, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    found.print(console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_demo_in_which_all_went_well_does_not_fail() -> None:
+    assert result().failures == []
+    assert result().as_json()["ok"]
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (result(blocks_wrong=1), "1 blocks came back other than they were stored"),
+        (result(turn(2, 3, {"ssd": 64}, same_as_memory=False)), "globex 2, turn 3: the answer differs"),
+        (result(turn(2, 3, {"ram": 64})), "nothing from ssd"),
+    ],
+)
+def test_what_must_not_be_fails_and_is_said(found: Result, reason: str) -> None:
+    assert not found.as_json()["ok"]
+    assert reason in found.failures[0]
+    assert "FAILED" in printed(found)
+
+
+def test_a_cold_run_that_differs_is_told_but_does_not_fail() -> None:
+    assert not result().as_json()["turns"][0]["same_as_cold"]
+    assert result().failures == []
+
+
+def test_the_table_fits_a_terminal_of_80_columns_uncut() -> None:
+    lines = printed(result()).splitlines()
+    table = [line for line in lines if line.strip().startswith("globex 2.")]
+    assert [line.split() for line in table] == [
+        ["globex", "2.1", "1,700", "-", "-", "12.35", "0.25", "yes", "no"],
+        ["globex", "2.2", "1,700", "1,024", "512", "12.35", "0.25", "49x", "yes", "no"],
+        ["globex", "2.3", "1,700", "-", "1,664", "12.35", "0.25", "49x", "yes", "no"],
+    ]
+    assert "…" not in printed(result())
+
+
+def test_what_a_process_reports_reaches_the_next_one_unchanged(tmp_path: Path) -> None:
+    for written in (result().first, result().second):
+        written.write(tmp_path / "report.json")
+        assert ProcessReport.read(tmp_path / "report.json") == written
+
+
+def test_everything_is_in_the_json_file(tmp_path: Path) -> None:
+    result().write(tmp_path / "demo.json")
+    content = json.loads((tmp_path / "demo.json").read_bytes())
+    assert content["headline"]["times_sooner_than_cold"] == pytest.approx(40)
+    assert content["blocks"] == {"stored": 50, "checked": 48, "wrong": 0}
+    assert [entry["process"] for entry in content["turns"]] == [1, 1, 2]
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    draw(result(), tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
