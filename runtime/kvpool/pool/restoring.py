@@ -31,10 +31,13 @@ def restore_from(engine: Engine, tier: SsdTier) -> None:
     groups = _groups(tier)
     _settle_epochs(engine, groups)
     dropped: Counter[str] = Counter()
-    for tree_id, records in groups.items():
-        engine.restored_blocks += _restore_tree(engine, tier, tree_id, records, dropped)
-    engine.dropped_at_start += dropped + tier.recovery.dropped
-    engine.restore_seconds += time.perf_counter() - started
+    blocks = sum(_restore_tree(engine, tier, tree_id, records, dropped) for tree_id, records in groups.items())
+    dropped += tier.recovery.dropped
+    seconds = time.perf_counter() - started
+    _log.info("ssd tier: %d blocks found again in %.2f s, dropped %s", blocks, seconds, dict(dropped) or "none")
+    engine.restored_blocks += blocks
+    engine.dropped_at_start += dropped
+    engine.restore_seconds += seconds
     if engine.dropped_at_start:  # what these blocks were is not known, so neither is why they are missing
         engine.index.history.complete_since_s = time.time()
     engine.store.publish(tier)
