@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +94,20 @@ def test_what_cannot_be_measured_here_is_a_row_with_the_reason_and_its_files_are
         yield Row("a.first", "s", Figure(1))
         raise UnmeasurableError("no disk")
 
-    rows = list(rows_of(Benchmark("a", "", run), tmp_path, lambda directory: Conditions(directory=directory)))
+    rows = list(rows_of(Benchmark("a", "", run), tmp_path, conditions_in))
     assert [(row.name, row.reason) for row in rows] == [("a.first", ""), ("a", "no disk")]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_a_reason_and_other_faults_of_it_are_not(tmp_path: Path) -> None:
+    def fail(number: int) -> Iterator[Row]:
+        raise OSError(number, os.strerror(number))
+
+    full = Benchmark("a", "", lambda _: fail(errno.ENOSPC))
+    assert [row.reason for row in rows_of(full, tmp_path, conditions_in)] == [f"no space is left in {tmp_path}"]
+    with pytest.raises(OSError, match="Input/output"):
+        list(rows_of(Benchmark("a", "", lambda _: fail(errno.EIO)), tmp_path, conditions_in))
+
+
+def conditions_in(directory: Path) -> Conditions:
+    return Conditions(directory=directory)

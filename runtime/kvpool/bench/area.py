@@ -1,5 +1,6 @@
 """Areas of benchmarks, and how one is run: benchmark by benchmark, in temporary directories that are removed."""
 
+import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,12 @@ def selected(benchmarks: Sequence[Benchmark], only: Sequence[str]) -> Sequence[B
 
 def rows_of(benchmark: Benchmark, parent: Path, conditions: Callable[[Path], Conditions]) -> Iterator[Row]:
     """The rows, as they come. What cannot be measured here ends it with a row that has the reason."""
-    with tempfile.TemporaryDirectory(prefix=f"kvpool-bench-{benchmark.name}-", dir=parent) as directory:
+    with tempfile.TemporaryDirectory(prefix=f"{benchmark.name}-", dir=parent) as directory:
         try:
             yield from benchmark.run(conditions(Path(directory)))
         except UnmeasurableError as reason:
             yield Row(benchmark.name, "", None, reason=str(reason))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            yield Row(benchmark.name, "", None, reason=f"no space is left in {parent}")

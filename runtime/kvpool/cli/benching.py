@@ -1,5 +1,7 @@
 """`kvpool bench`: runs benchmarks and prints their rows as they come."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,7 +77,7 @@ def _print_json(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path) 
 def _print_tables(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path) -> None:
     """A head, then a table for each benchmark when it is done."""
     out = console()
-    for name, text in described(directory).items():
+    for name, text in described(directory.parent).items():
         out.print(f"{name + ':':10}{text}")
     for benchmark in benchmarks:
         rows = list(_measured(asked, benchmark, directory))
@@ -89,7 +91,7 @@ def _print_tables(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path
 
 
 def _print_markdown(asked: Asked, benchmarks: Sequence[Benchmark], directory: Path) -> None:
-    for name, text in described(directory).items():
+    for name, text in described(directory.parent).items():
         print(f"- {name}: {text}")
     for benchmark in benchmarks:
         print(f"\n### {benchmark.name}: {benchmark.about}\n")
@@ -108,15 +110,20 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 @contextmanager
 def _scratch(directory: Path | None) -> Iterator[Path]:
-    """Where temporary directories go: as told, or beside the pools of this user, for that disk is to be measured."""
-    chosen = directory or default_directory("bench")
+    """A directory of this process for temporary files, removed afterwards however the command ends.
+
+    It is made where we are told, or beside the pools of this user, for that disk is to be measured.
+    """
+    parent = directory or default_directory("bench")
+    scratch = parent / f"kvpool-bench-{os.getpid()}"
     try:
-        chosen.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{chosen} cannot be used ({error.strerror}): name another with --directory") from None
-    try:
-        yield chosen
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"{parent} cannot be used ({error.strerror}): name another with --directory") from None
+        yield scratch
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         if directory is None:
-            with suppress(OSError):  # another run is using it
-                chosen.rmdir()
+            with suppress(OSError):  # it holds something else, or was never made
+                parent.rmdir()

@@ -53,4 +53,4 @@ def _rows(opened: OpenModel, payload_bytes: int, name: str, target: Target, cond
         yield Row(f"ram.copy-out.{name}", "GiB/s", figure.in_unit(_GIB_PER_BYTE), target)
         look, copy = seconds_per_call(lambda: lease.load(InPlace()), 1), seconds_per_call(memcpy.copy_all, 1)
         figure = beside(look, copy, conditions.rounds).in_unit(_US / blocks)
-        yield Row(f"ram.read-in-place.{name}", "us/block", figure, ratio_at_most(0.1))
+        yield Row(f"ram.read-in-place.{name}", "us/block", figure, ratio_at_most(0.1) if payload_bytes >= MIB else None)
