@@ -86,7 +86,8 @@ def test_a_wrong_command_line_is_one_line_that_names_the_help(arguments: tuple[s
 
 
 def test_each_error_of_the_library_has_its_exit_code() -> None:
-    codes = {error: code_of(error("")) for error in KvpoolError.__subclasses__()}
+    public = [error for error in KvpoolError.__subclasses__() if error.__module__ == KvpoolError.__module__]
+    codes = {error: code_of(error("")) for error in public}
     assert codes == {
         ConfigError: ExitCode.USAGE,
         InputError: ExitCode.USAGE,
