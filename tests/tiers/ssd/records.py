@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def key(number: int, model: int = 0) -> BlockKey:
     return BlockKey(hashlib.blake2b(b"%d/%d" % (model, number), digest_size=16).digest())
 
 
+@lru_cache(1024)
 def head(number: int, *, model: int = 0, pages: int = PAGES) -> Head:
     nbytes = (pages - 1) * PAGE_BYTES - number % 8 * 4 if pages > 1 else 0
     return Head(
@@ -80,7 +82,12 @@ def read(tier: SsdTier, place: int) -> Bytes | None:
 
 
 def is_record(buffer: Bytes | None, number: int, *, model: int = 0, pages: int = PAGES) -> bool:
-    return buffer is not None and np.array_equal(buffer, record(number, model=model, pages=pages))
+    return buffer is not None and buffer.tobytes() == _bytes_of_record(number, model, pages)
+
+
+@lru_cache(256)
+def _bytes_of_record(number: int, model: int, pages: int) -> bytes:
+    return record(number, model=model, pages=pages).tobytes()
 
 
 def all_recovered(tier: SsdTier) -> list[RecoveredRecord]:

@@ -456,6 +456,19 @@ def test_a_smaller_capacity_takes_blanks_at_once_and_the_rest_as_segments_are_fr
     tier.close()
 
 
+def test_a_larger_capacity_ends_the_want_of_room_and_gives_the_spare_back(make_tier: MakeTier) -> None:
+    tier = make_tier(segments=3)
+    put(tier, range(2 * PER_SEGMENT))
+    (moved,) = put(tier, [0], reclaim=True)
+    assert tier.put(records([90])) == [None]
+    assert tier.wants_room()
+    tier.resize(capacity(5))
+    assert not tier.wants_room()
+    (place,) = put(tier, [90])
+    assert segment_of(place) == segment_of(moved)
+    tier.close()
+
+
 def test_a_blank_that_is_given_up_is_given_back_to_the_file_system(make_tier: MakeTier) -> None:
     tier = make_tier(segments=5)
     places = put(tier, range(3 * PER_SEGMENT))

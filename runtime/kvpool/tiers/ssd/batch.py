@@ -1,6 +1,7 @@
 """The records of one call: what is to be written or read, and which of it lies side by side."""
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvpool.blocks.layout import PAGE_BYTES
@@ -60,7 +61,7 @@ def runs(parts: Sequence[Part]) -> Iterator[Run]:
     """Put what lies side by side together, as much as one call takes."""
     run: Run | None = None
     end = size = 0
-    for part in sorted(parts, key=lambda part: part.place):
+    for part in sorted(parts, key=attrgetter("place")):
         offset, nbytes = offset_of(part.place), part.buffer.nbytes
         adjacent = run is not None and part.segment is run.segment and offset == end
         if run is None or not adjacent or len(run.parts) == MAX_RUN_RECORDS or size + nbytes > MAX_RUN_BYTES:

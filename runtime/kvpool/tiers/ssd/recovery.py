@@ -47,6 +47,7 @@ class Found(NamedTuple):
     header: Header
     records: list[RecoveredRecord]
     next_page: int
+    variable_bytes: int
     footer: bool
     entries: Sequence[Entry] = ()
 
@@ -72,7 +73,7 @@ def read_segment(file: SegmentFile, segment_id: int, file_bytes: int, dropped: C
     if isinstance(header, Header):
         _check(header, segment_id, file_bytes)
         if header.blank:
-            return Found(header, [], FIRST_RECORD_PAGE, footer=False)
+            return Found(header, [], FIRST_RECORD_PAGE, 0, footer=False)
         if trailer is not None and trailer.header != header:
             trailer = None  # left by an earlier life of the file
     elif trailer is None:
@@ -82,7 +83,7 @@ def read_segment(file: SegmentFile, segment_id: int, file_bytes: int, dropped: C
         _check(header, segment_id, file_bytes)
     records = tail.records(trailer) if trailer else None
     if trailer and records is not None:
-        return Found(header, records, trailer.next_page, footer=True)
+        return Found(header, records, trailer.next_page, trailer.variable_bytes, footer=True)
     return _scan(file._replace(tag=header.tag), header, dropped)
 
 
@@ -174,7 +175,8 @@ def _scan(file: SegmentFile, header: Header, dropped: Counter[str]) -> Found:
             else:
                 dropped[Corruption.PAYLOAD_CHECKSUM] += 1
             window.page = next_page = end_page
-    return Found(header, records, next_page, footer=False, entries=entries)
+    variable_bytes = sum(len(entry.variable) for entry in entries)
+    return Found(header, records, next_page, variable_bytes, footer=False, entries=entries)
 
 
 class _Window:

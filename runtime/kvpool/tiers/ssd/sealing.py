@@ -40,7 +40,7 @@ class Sealer:
     def seal_ready(self) -> int:
         """Seal every full segment to which nobody writes; how many could not be. Does I/O."""
         failures = 0
-        while True:
+        while self._full:  # looked at without the lock: who fills a segment, or ends the last write to it, looks again
             with self._lock:
                 segment = next((full for full in self._full if full.writers == 0), None)
                 if segment is None:
@@ -49,6 +49,7 @@ class Sealer:
                 segment.writers += 1  # its file stays
             if not self._seal(segment):
                 failures += 1
+        return failures
 
     def _seal(self, segment: Segment) -> bool:
         """Sync the records and the file's name, write the footer, sync that.

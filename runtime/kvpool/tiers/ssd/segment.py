@@ -180,10 +180,7 @@ def decode_footer(trailer: Trailer, footer: Buffer) -> list[RecoveredRecord]:
     if xxhash.xxh3_64_intdigest(view) != trailer.checksum:
         raise SegmentFormatError("footer")
     table, variable = view[: trailer.records * _ENTRY.size], bytes(view[trailer.records * _ENTRY.size :])
-    records = list(_records(trailer, table, variable))
-    if sum(len(record.tokens) + len(record.extra) for record in records) != trailer.variable_bytes:
-        raise SegmentFormatError("footer")
-    return records
+    return list(_records(trailer, table, variable))
 
 
 def split_footer(trailer: Trailer, footer: Buffer) -> list[Entry]:
@@ -226,6 +223,8 @@ def _records(trailer: Trailer, table: memoryview, variable: bytes) -> Iterator[R
             variable[tokens_end:extra_end], codec, packed(segment_id, page, pages), pages * PAGE_BYTES,
         )  # fmt: skip
         at = extra_end
+    if at != trailer.variable_bytes:
+        raise SegmentFormatError("footer")
 
 
 def _checksum(data: Buffer) -> bytes:

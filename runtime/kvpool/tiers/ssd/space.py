@@ -213,8 +213,7 @@ class Space:
         with self._lock:
             if reusable:
                 self._blanks.append(Blank(segment.path, segment.file_bytes))
-            if self._spare_bytes(0) <= self._available_bytes():
-                self._return_spare()
+            self._return_spare()
 
     def discard(self, segment: Segment) -> None:
         """Unlink the file of a removed segment. Does I/O; raises `OSError`, and counts the file until it can be."""
@@ -232,8 +231,11 @@ class Space:
         """Return once every segment's name is durable. Does I/O; raises `OSError`."""
         self._disk.sync_directory(self._directory)
 
-    def shrink(self) -> None:
-        """Unlink blanks while there is more than the capacity allows. Does I/O; raises `OSError`."""
+    def resize(self, capacity_bytes: int) -> None:
+        """Change the capacity, and unlink blanks while there is more than it allows. Does I/O; raises `OSError`."""
+        with self._lock:
+            self.capacity_bytes = capacity_bytes
+            self._return_spare()
         while (blank := self._pop_blank_if_over(self.capacity_bytes)) is not None:
             self._unlink(*blank)
 
@@ -271,9 +273,10 @@ class Space:
         return max(usual, least, min(wanted, quarter))
 
     def _return_spare(self) -> None:
-        """A segment was freed in exchange for the one that was made for a reclaim: that one is now like any other."""
-        for segment in self.segments.values():
-            segment.for_reclaim = False
+        """Once there is a spare again, the segment that was made of the last one is like any other. Under the lock."""
+        if self._spare_bytes(0) <= self._available_bytes():
+            for segment in self.segments.values():
+                segment.for_reclaim = False
 
     def _pop_blank_if_over(self, allowed_bytes: int) -> Blank | None:
         with self._lock:

@@ -80,9 +80,8 @@ class Startup:
         return found.records
 
     def _adopt(self, segment: Segment, found: Found) -> None:
-        variable_bytes = sum(len(record.tokens) + len(record.extra) for record in found.records)
         places = [record.place for record in found.records]
-        segment.adopt(found.header, places, found.next_page, variable_bytes)
+        segment.adopt(found.header, places, found.next_page, found.variable_bytes)
         segment.entries = list(found.entries)
         segment.footer_written = found.footer
         self._sealer.complete(segment)

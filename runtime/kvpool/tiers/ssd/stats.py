@@ -1,7 +1,6 @@
 """What the ssd tier counts, and a snapshot of it, collected when it is asked for."""
 
 import threading
-from collections import Counter
 from typing import NamedTuple
 
 
@@ -41,14 +40,15 @@ class Counts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counts = dict.fromkeys(_COUNTED, 0)
 
     def add(self, **increases: int) -> None:
         """Count each of these up."""
         with self._lock:
-            self._counts.update(increases)
+            for name, increase in increases.items():
+                self._counts[name] += increase
 
     def snapshot(self) -> dict[str, int]:
         """All of them, by field."""
         with self._lock:
-            return {name: self._counts[name] for name in _COUNTED}
+            return dict(self._counts)

@@ -16,7 +16,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from kvpool.blocks.layout import PAGE_BYTES
@@ -24,6 +23,7 @@ from kvpool.blocks.record import Buffer
 from kvpool.tiers.ssd.batch import incoming
 from kvpool.tiers.ssd.daily_budget import DailyBudget
 from kvpool.tiers.ssd.disk import Disk, PosixDisk
+from kvpool.tiers.ssd.in_flight import InFlight
 from kvpool.tiers.ssd.ledger import Phase, SegmentInfo
 from kvpool.tiers.ssd.lock import LOCK_NAME, DirectoryLock
 from kvpool.tiers.ssd.marker import check_marker, write_marker
@@ -61,8 +61,7 @@ class SsdTier:
         self._writer = Writer(space, self._sealer, budget, lock, self._counts)
         self._reader = Reader(space, lock, self._counts)
         self._startup = Startup(space, self._writer, self._sealer, lock)
-        self._in_flight = 0
-        self._closed = False
+        self._in_flight = InFlight(self._give_back)
 
     @classmethod
     def open(
@@ -132,7 +131,7 @@ class SsdTier:
         `places_in` alone. `recovery` is complete afterwards. A record may be dropped as soon as its list was taken.
         """
         while True:
-            with self._operation():
+            with self._in_flight:
                 records = self._startup.read_next()
             if records is None:
                 return
@@ -147,7 +146,7 @@ class SsdTier:
         whole record (nothing is written then), and `TierUnavailableError`: none of the records was stored.
         """
         checked = incoming(records)
-        with self._operation():
+        with self._in_flight:
             self._startup.finish()
             try:
                 return self._writer.put(checked, guaranteed=guaranteed, reclaim=reclaim)
@@ -165,7 +164,7 @@ class SsdTier:
         for place, buffer in zip(places, buffers, strict=True):
             if buffer.nbytes != bytes_of(place):
                 raise ValueError(f"the record at {place:#x} has {bytes_of(place)} bytes; its buffer {buffer.nbytes}")
-        with self._operation():
+        with self._in_flight:
             try:
                 return self._reader.get(places, buffers)
             except OSError as error:
@@ -198,7 +197,7 @@ class SsdTier:
         `TierUnavailableError` where its file could neither be marked as free nor be unlinked: its records are
         forgotten all the same, its bytes stay counted until a later put can unlink it.
         """
-        with self._operation():
+        with self._in_flight:
             with self._lock:
                 segment = self._space.segments.get(segment_id)
                 if segment is None:
@@ -224,7 +223,7 @@ class SsdTier:
 
         A segment to which another thread writes at this moment is sealed at the end of that write, by that thread.
         """
-        with self._operation():
+        with self._in_flight:
             with self._lock:
                 self._writer.close_all()
                 self._sealer.retry_failed()
@@ -234,11 +233,11 @@ class SsdTier:
     def resize(self, capacity_bytes: int) -> None:
         """Change the capacity. Less than what is used: blank files go at once, the rest as segments are freed."""
         self._space.check_capacity(capacity_bytes)
-        with self._operation(), self._writer.grow_lock:
+        with self._in_flight, self._writer.grow_lock:
             with self._lock:
-                self._space.capacity_bytes = capacity_bytes
+                self._writer.wants_segment = False
             try:
-                self._space.shrink()
+                self._space.resize(capacity_bytes)
             except OSError as error:
                 raise _unavailable(error, "shrinking") from error
 
@@ -255,7 +254,7 @@ class SsdTier:
             return SsdStats(
                 **self._counts.snapshot(), live_records=sum(segment.live_records for segment in segments),
                 live_bytes=live, dead_bytes=taken - live, physical_bytes=self._space.used_bytes,
-                dropped=sum(self.recovery.dropped.values()), segments=len(segments),
+                dropped=sum(self.recovery.dropped.copy().values()), segments=len(segments),
                 free_segments=self._space.free_segments(), spent_today_bytes=self._budget.spent_bytes,
             )  # fmt: skip
 
@@ -265,33 +264,14 @@ class SsdTier:
         The lock and the files are given back by the last operation in flight, so that no late write can meet the next
         owner. Calling it again does nothing.
         """
-        if self._closed:
+        if self._in_flight.closed:
             return
-        try:
-            self.seal_all()
-            self._budget.close()
-        except (TierUnavailableError, OSError) as error:
-            _log.warning("ssd tier: closing %s: %s", self.directory, error)
-        with self._lock:
-            self._closed = True
-            last = self._in_flight == 0
-        if last:
-            self._give_back()
-
-    @contextmanager
-    def _operation(self) -> Iterator[None]:
-        with self._lock:
-            if self._closed:
-                raise TierUnavailableError(TierName.SSD, "it was closed")
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-                last = self._closed and self._in_flight == 0
-            if last:
-                self._give_back()
+        for finish in (self.seal_all, self._budget.close):
+            try:
+                finish()
+            except (TierUnavailableError, OSError) as error:
+                _log.warning("ssd tier: closing %s: %s", self.directory, error)
+        self._in_flight.close()
 
     def _give_back(self) -> None:
         self._space.descriptors.close_all()
