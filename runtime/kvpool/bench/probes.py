@@ -44,10 +44,6 @@ class Memcpy:
         for _ in range(blocks):
             self.copy_one()
 
-    def copy_all(self) -> None:
-        """Copy as many blocks as the arena has."""
-        self.copy_some(self._blocks)
-
 
 class RawDisk:
     """O_DIRECT reads and writes of one size on a preallocated file, so many at once.

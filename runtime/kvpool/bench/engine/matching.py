@@ -17,12 +17,15 @@ from kvpool.bench.rounds import Measure, alone, beside, seconds_per_call
 from kvpool.bench.row import Figure, Row, at_most, ratio_at_most
 from kvpool.blocks.tokens import Tokens
 from kvpool.pool.model import Model
-from kvpool.prefix.index import Pin
 
 OTHER_PREFIXES = 10_000
 OTHER_BLOCKS = 16
 SPLITS = 16
 CALL_PAYLOAD_BYTES = 256
+SHORT_ROUNDS = 15
+"""Times as many rounds as others take, of few calls each: most end before a scheduler takes the processor away."""
+CALLS = 200
+COLD_CALLS = 24
 COLD_BYTES = 96 << 20
 """Prompts, and their copies in the tree, of so many bytes together: three times a large last-level cache."""
 _US = 1e6
@@ -56,19 +59,39 @@ def _planted(forest: Forest, tokens: int, splits: int, prompts: int) -> list[byt
 
 def _warm(forest: Forest, prompts: Sequence[bytes], conditions: Conditions) -> Figure:
     """A few prompts by turns, beside a memcmp of as many bytes."""
-    calls = conditions.scaled(4_000, least=len(prompts))
-    copies = cycle([(prompt, bytes(bytearray(prompt))) for prompt in prompts])
-
-    def compare() -> bool:
-        ours, theirs = next(copies)
-        return ours == theirs
-
-    return beside(_matching(forest, prompts, calls), seconds_per_call(compare, calls), conditions.rounds).in_unit(_US)
+    matching, comparing = _matching(forest, prompts, CALLS), _comparing(prompts, CALLS)
+    return beside(matching, comparing, SHORT_ROUNDS * conditions.rounds).in_unit(_US)
 
 
 def _matching(forest: Forest, prompts: Sequence[bytes], calls: int) -> Measure:
     """Seconds of one match; the leases that it opens are closed outside of the time."""
-    return lambda: _leasing(forest, prompts, calls).open_s
+    index, tree, turns = forest.index, forest.tree, cycle(prompts)
+
+    def measure() -> float:
+        match = index.match
+        began_s = perf_counter()
+        pins = [match(tree, next(turns)) for _ in range(calls)]
+        seconds = perf_counter() - began_s
+        for pin in pins:
+            index.unpin(pin)
+        return seconds / calls
+
+    return measure
+
+
+def _comparing(prompts: Sequence[bytes], calls: int) -> Measure:
+    """Seconds of comparing a prompt with a copy of it; begins in the middle, far from where `_matching` is."""
+    copies = [(prompt, bytes(bytearray(prompt))) for prompt in prompts]
+    turns = cycle(copies[len(copies) // 2 :] + copies[: len(copies) // 2])
+
+    def measure() -> float:
+        began_s = perf_counter()
+        for _ in range(calls):
+            ours, theirs = next(turns)
+            ours == theirs  # noqa: B015 - the comparison is what is measured
+        return (perf_counter() - began_s) / calls
+
+    return measure
 
 
 class _Leasing(NamedTuple):
@@ -79,45 +102,35 @@ class _Leasing(NamedTuple):
     close_s: float
 
 
-def _leasing(forest: Forest, prompts: Sequence[bytes], calls: int) -> _Leasing:
-    """Open so many leases, then close them; prompts by turns."""
-    index, tree, turns = forest.index, forest.tree, cycle(prompts)
-    pins: list[Pin] = []
-    keep, find, match, unpin = pins.append, tree.find, index.match, index.unpin
+def _leasing(forest: Forest, prompts: Iterator[bytes]) -> _Leasing:
+    """Open some leases, then close them."""
+    index, tree = forest.index, forest.tree
+    find, match, unpin = tree.find, index.match, index.unpin
     began_s = perf_counter()
-    for _ in range(calls):
-        find(next(turns))
+    for _ in range(CALLS):
+        find(next(prompts))
     found_s = perf_counter()
-    for _ in range(calls):
-        keep(match(tree, next(turns)))
+    pins = [match(tree, next(prompts)) for _ in range(CALLS)]
     opened_s = perf_counter()
     for pin in pins:
         unpin(pin)
     closed_s = perf_counter()
-    return _Leasing((found_s - began_s) / calls, (opened_s - found_s) / calls, (closed_s - opened_s) / calls)
+    return _Leasing((found_s - began_s) / CALLS, (opened_s - found_s) / CALLS, (closed_s - opened_s) / CALLS)
 
 
 def _cold_row(forest: Forest, splits: int, where: str, conditions: Conditions) -> Row:
     """Prompts of 32k tokens, so many that none is in a cache at its turn; beside a memcmp of equally cold ones."""
-    nbytes = 4 * 32_768
-    prompts = _planted(forest, 32_768, splits, conditions.scaled(COLD_BYTES // 2 // nbytes, least=2))
-    pairs = cycle([(prompt, bytes(bytearray(prompt))) for prompt in prompts])
-
-    def compare() -> bool:
-        ours, theirs = next(pairs)
-        return ours == theirs
-
-    matching, comparing = _matching(forest, prompts, len(prompts)), seconds_per_call(compare, len(prompts))
-    figure = beside(matching, comparing, conditions.rounds).in_unit(_US)
+    prompts = _planted(forest, 32_768, splits, conditions.scaled(COLD_BYTES // 2 // (4 * 32_768), least=2))
+    matching, comparing = _matching(forest, prompts, COLD_CALLS), _comparing(prompts, COLD_CALLS)
+    figure = beside(matching, comparing, SHORT_ROUNDS * conditions.rounds).in_unit(_US)
     return Row(f"match.32k.{where}.cold", "us", figure, ratio_at_most(1.5))
 
 
 def run_leases(conditions: Conditions) -> Iterator[Row]:
     """Rows of `lease`: what holding a prompt adds to finding it, and how much of that is each node's."""
-    forest, rounds = _forest(conditions), conditions.rounds
-    short, split = (_planted(forest, 4_096, splits, 16) for splits in (_ONE_NODE, _SPLIT))
-    calls = conditions.scaled(4_000)
-    pairs = [(_leasing(forest, short, calls), _leasing(forest, split, calls)) for _ in range(rounds)]
+    forest = _forest(conditions)
+    whole, split = (cycle(_planted(forest, 4_096, splits, 16)) for splits in (_ONE_NODE, _SPLIT))
+    pairs = [(_leasing(forest, whole), _leasing(forest, split)) for _ in range(SHORT_ROUNDS * conditions.rounds)]
     held = median(one.open_s - one.find_s + one.close_s for one, _ in pairs)
     taken = median((many.open_s - many.find_s - (one.open_s - one.find_s)) / SPLITS for one, many in pairs)
     given = median((many.close_s - one.close_s) / SPLITS for one, many in pairs)
@@ -140,10 +153,10 @@ def run_calls(conditions: Conditions) -> Iterator[Row]:
             ids = array("i", prompt)
             forms = {"bytes": prompt, "array": ids, "numpy": np.frombuffer(prompt, np.int32), "list": ids.tolist()}
             for form, value in forms.items():
-                calls = conditions.scaled(1_000 if form == "list" else 10_000)
-                held = seconds_per_call(partial(_match_and_close, model, value), calls)
+                held = seconds_per_call(partial(_match_and_close, model, value), 10 if form == "list" else CALLS)
                 target = at_most(3.04) if form == "bytes" and tokens <= 4_096 else None
-                yield Row(f"call.{name}.{form}", "us", alone(held, conditions.rounds).in_unit(_US), target)
+                figure = alone(held, SHORT_ROUNDS * conditions.rounds).in_unit(_US)
+                yield Row(f"call.{name}.{form}", "us", figure, target)
 
 
 def _match_and_close(model: Model, tokens: Tokens) -> None:

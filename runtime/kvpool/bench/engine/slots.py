@@ -12,7 +12,8 @@ from kvpool.bench.row import Figure, Row, at_least, at_most
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.tiers.slab import Slab
 
-SLOTS = 4_096
+SLOTS = 1_024
+SHORT_ROUNDS = 15
 SLOT_BYTES = 16 << 10
 TRACE_STEPS = 60_000
 TRACE_CAPACITY_BYTES = 2 << 30
@@ -29,7 +30,7 @@ def run(conditions: Conditions) -> Iterator[Row]:
     slots = conditions.scaled(SLOTS)
     slab = Slab(SLOT_BYTES * slots * 2)
     _allocate_and_free(slab, slots)
-    rounds = [(_allocate_and_free(slab, slots), _dictionary(slots)) for _ in range(conditions.rounds)]
+    rounds = [(_allocate_and_free(slab, slots), _dictionary(slots)) for _ in range(SHORT_ROUNDS * conditions.rounds)]
     allocations = of_pairs([(ours[0], bare[0]) for ours, bare in rounds])
     frees = of_pairs([(ours[1], bare[1]) for ours, bare in rounds])
     yield Row("slots.allocate", "ns", allocations.in_unit(_NS), at_most(200))
