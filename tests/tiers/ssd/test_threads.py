@@ -236,6 +236,38 @@ def test_sealing_everything_while_a_segment_is_being_continued(
     again.close()
 
 
+def test_a_segment_that_was_just_made_is_not_freed_before_its_first_record(
+    quick_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    """It is empty, and so the first that an engine would free; the put that made it must find it all the same."""
+    tier = opened(quick_path / "ssd")
+    ended = threading.Event()
+
+    def vulture() -> int:
+        freed = 0
+        while not ended.is_set():
+            for info in tier.segments():
+                if not info.records:
+                    freed += tier.free_segment(info.id)
+        return freed
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        vultures = [threads.submit(vulture) for _ in range(2)]
+        for number in range(1000):  # every one makes a segment
+            (place,) = put(tier, [number])
+            tier.free_segment(segment_of(place))
+    finally:
+        ended.set()
+        sys.setswitchinterval(interval)
+    for future in vultures:
+        result(future)
+    tier.seal_all()
+    check_accounts(tier)
+    tier.close()
+
+
 class Bustle:
     """Threads that put, read, drop and free by a seeded plan each, and what each may expect."""
 
