@@ -1,8 +1,10 @@
 """Areas of benchmarks, and how one is run: benchmark by benchmark, in temporary directories that are removed."""
 
 import errno
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +34,16 @@ class Conditions:
     def scaled(self, count: int, *, least: int = 1) -> int:
         """`count`, or less of it when the run is a small one."""
         return max(least, int(count * self.scale))
+
+    @contextmanager
+    def place(self, name: str) -> Iterator[Path]:
+        """A directory of this name, removed afterwards: for benchmarks that have several, one at a time."""
+        place = self.directory / name
+        try:
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 class Benchmark(NamedTuple):

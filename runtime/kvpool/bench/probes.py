@@ -46,7 +46,7 @@ class Memcpy:
 
 
 class RawDisk:
-    """O_DIRECT reads and writes of one size on a preallocated file, so many at once.
+    """O_DIRECT reads and writes of one size on a preallocated file of its own, so many at once.
 
     Write it once before measuring: space that was never written takes twice as long.
     """
@@ -54,6 +54,7 @@ class RawDisk:
     def __init__(self, path: Path, *, block_bytes: int, blocks: int, depth: int) -> None:
         self.block_bytes = block_bytes
         self.nbytes = block_bytes * blocks
+        self._path = path
         self._offsets = range(0, block_bytes * blocks, block_bytes)
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
@@ -69,6 +70,7 @@ class RawDisk:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
         os.close(self._fd)
+        self._path.unlink()
 
     def write_all(self) -> None:
         """Write the whole file."""

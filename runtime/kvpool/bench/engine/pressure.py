@@ -19,7 +19,7 @@ from kvpool.pool.stats import PoolStats
 
 PAYLOAD_BYTES = 2 * MIB
 RAM_BYTES = 512 * MIB
-SSD_BYTES = 1_280 * MIB
+SSD_BYTES = 3_072 * MIB
 PROMPT_BLOCKS = 8
 WRITERS = 2
 MATCHED_BLOCKS = 64
@@ -34,9 +34,8 @@ def run_full(conditions: Conditions) -> Iterator[Row]:
     """Rows of `full`: every store evicts, everything is wanted on ssd, and ssd has to free segments for it."""
     ram_bytes = conditions.scaled(RAM_BYTES, least=8 * PROMPT_BLOCKS * PAYLOAD_BYTES)
     config = pool_config(ram_bytes=ram_bytes, ssd_bytes=conditions.scaled(SSD_BYTES, least=2 * ram_bytes))
-    raw_path = conditions.directory / "raw"
     blocks = conditions.scaled(64, least=4)
-    with RawDisk(raw_path, block_bytes=2 * PAYLOAD_BYTES, blocks=blocks, depth=WRITERS) as raw:
+    with RawDisk(conditions.directory / "raw", block_bytes=2 * PAYLOAD_BYTES, blocks=blocks, depth=WRITERS) as raw:
         raw.write_all()
         raw_rates = [_write_rate(raw) for _ in range(3)]
         pool, model = open_model(config, conditions.directory / "pool", PAYLOAD_BYTES)
@@ -49,7 +48,6 @@ def run_full(conditions: Conditions) -> Iterator[Row]:
             endured = _endure(storing, conditions.seconds)
             after = pool.stats()
         raw_rates += [_write_rate(raw) for _ in range(3)]
-    raw_path.unlink()
     yield from _full_rows(endured, before, after, median(raw_rates))
 
 
@@ -132,8 +130,8 @@ def _latency_rows(name: str, ssd_bytes: int | None, conditions: Conditions) -> I
     """Two threads store; with an ssd tier, the pool's own two write as well."""
     ram_bytes = conditions.scaled(RAM_BYTES, least=16 * PROMPT_BLOCKS * PAYLOAD_BYTES)
     config = pool_config(ram_bytes=ram_bytes, ssd_bytes=ssd_bytes and conditions.scaled(ssd_bytes, least=2 * ram_bytes))
-    pool, model = open_model(config, conditions.directory / name, PAYLOAD_BYTES)
-    with pool:
+    with conditions.place(name) as place, (opened := open_model(config, place / "pool", PAYLOAD_BYTES)).pool:
+        model = opened.model
         prompt = Prompts(seed=2).next(MATCHED_BLOCKS)
         storing = [_Storing(model, seed) for seed in range(3, 3 + WRITERS)]
         model.store(prompt, EngineMemory(PAYLOAD_BYTES, 1))

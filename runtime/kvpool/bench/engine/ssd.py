@@ -4,6 +4,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 from kvpool.bench.area import Conditions, UnmeasurableError
@@ -21,7 +22,7 @@ from kvpool.tiers.tier import TierName
 
 DEPTH = 2
 """As many as a pool has threads that write, and that read."""
-SSD_BYTES = 1_280 * MIB
+SSD_BYTES = 2_048 * MIB
 ROUND_BYTES = 256 * MIB
 POOL_ROUND_BYTES = 96 * MIB
 STORED_PROMPT_BLOCKS = 6
@@ -42,12 +43,12 @@ def _tier_rows(payload_bytes: int, at_once: int, name: str, conditions: Conditio
     call_bytes = sum(record.nbytes for record in records)
     calls = conditions.scaled(ROUND_BYTES // call_bytes, least=2 * DEPTH)
     nbytes = calls * call_bytes
-    tier = SsdTier.open(conditions.directory / name, capacity_bytes=max(conditions.scaled(SSD_BYTES), 4 * nbytes))
-    raw_path = conditions.directory / f"{name}.raw"
     with (
+        conditions.place(name) as place,
         ThreadPoolExecutor(DEPTH) as threads,
-        RawDisk(raw_path, block_bytes=call_bytes, blocks=calls, depth=DEPTH) as raw,
+        RawDisk(place / "raw", block_bytes=call_bytes, blocks=calls, depth=DEPTH) as raw,
     ):
+        tier = SsdTier.open(place / "tier", capacity_bytes=max(conditions.scaled(SSD_BYTES), 4 * nbytes))
         list(tier.recovered())
         work = _TierWork(tier, threads, records, calls)
         work.write_until_full()
@@ -59,7 +60,6 @@ def _tier_rows(payload_bytes: int, at_once: int, name: str, conditions: Conditio
         read = beside(bytes_per_second(work.read, nbytes), bytes_per_second(raw.read_all, nbytes), conditions.rounds)
         yield Row(f"ssd.cold-read.{name}", "GiB/s", read.in_unit(_GIB_PER_BYTE), ratio_at_least(0.9))
         tier.close()
-    raw_path.unlink()
 
 
 class _TierWork:
@@ -122,20 +122,23 @@ def _pool_rows(conditions: Conditions) -> Iterator[Row]:
     """The same through the public face, where reading verifies each record and copies it out."""
     blocks = conditions.scaled(POOL_ROUND_BYTES // PAYLOAD_BYTES, least=2)
     nbytes = blocks * layout_of(PAYLOAD_BYTES).record_bytes
-    raw_path = conditions.directory / "pool.raw"
-    with RawDisk(raw_path, block_bytes=JOB_BYTES, blocks=-(-nbytes // JOB_BYTES), depth=DEPTH) as raw:
+    with RawDisk(
+        conditions.directory / "raw", block_bytes=JOB_BYTES, blocks=-(-nbytes // JOB_BYTES), depth=DEPTH
+    ) as raw:
         raw.write_all()
         memory = EngineMemory(PAYLOAD_BYTES, blocks)
-        yield _storing_row(blocks, nbytes, memory, raw, conditions)
-        yield from _loading_rows(blocks, nbytes, memory, raw, conditions)
-    raw_path.unlink()
+        with conditions.place("stored") as place:
+            yield _storing_row(place, blocks, memory, raw, conditions)
+        with conditions.place("loaded") as place:
+            yield from _loading_rows(place, blocks, memory, raw, conditions)
 
 
-def _storing_row(blocks: int, nbytes: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions) -> Row:
+def _storing_row(place: Path, blocks: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions) -> Row:
     """Several prompts into a full ssd tier: every round frees the oldest segments and writes where they were."""
+    nbytes = blocks * layout_of(PAYLOAD_BYTES).record_bytes
     ssd_bytes = max(conditions.scaled(SSD_BYTES), 6 * nbytes)
     config = pool_config(ram_bytes=4 * nbytes, ssd_bytes=ssd_bytes)
-    pool, model = open_model(config, conditions.directory / "stored", PAYLOAD_BYTES)
+    pool, model = open_model(config, place / "pool", PAYLOAD_BYTES)
     prompts, prompt_blocks = Prompts(), min(blocks, STORED_PROMPT_BLOCKS)
 
     def write() -> None:
@@ -152,11 +155,12 @@ def _storing_row(blocks: int, nbytes: int, memory: EngineMemory, raw: RawDisk, c
 
 
 def _loading_rows(
-    blocks: int, nbytes: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions
+    place: Path, blocks: int, memory: EngineMemory, raw: RawDisk, conditions: Conditions
 ) -> Iterator[Row]:
     """Prompts that were stored before the pool was closed and opened again, each loaded once."""
+    nbytes = blocks * layout_of(PAYLOAD_BYTES).record_bytes
     config = pool_config(ram_bytes=4 * nbytes, ssd_bytes=2 * (conditions.rounds + 2) * nbytes)
-    directory, prompts = conditions.directory / "loaded", Prompts()
+    directory, prompts = place / "pool", Prompts()
     long, single = [[prompts.next(size) for _ in range(conditions.rounds)] for size in (blocks, 1)]
     pool, model = open_model(config, directory, PAYLOAD_BYTES)
     with pool:

@@ -49,9 +49,9 @@ def _wear_rows(trace: Trace, name: str, conditions: Conditions, *, second_hit: b
         ssd_bytes=conditions.scaled(SSD_BLOCKS, least=4_096) * RECORD_BYTES,
         second_hit=second_hit,
     )
-    pool, model = open_model(config, conditions.directory / name, PAYLOAD_BYTES)
     memory, sink = EngineMemory(PAYLOAD_BYTES, 64), InPlace()
-    with pool:
+    with conditions.place(name) as place, (opened := open_model(config, place / "pool", PAYLOAD_BYTES)).pool as pool:
+        model = opened.model
         for blocks in trace:
             tokens = np.repeat(np.asarray(blocks, np.int32), BLOCK_TOKENS).tobytes()
             with model.match(tokens) as lease:
