@@ -109,8 +109,11 @@ class PrefixIndex:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lock = threading.Lock()
-        self._acquire, self._release = self.lock.acquire, self.lock.release
-        """For the two hottest calls: a `with` statement takes twice as long."""
+        self._acquired, self._release = iter(self.lock.acquire, False), self.lock.release
+        """For the two hottest calls: a step of the first takes the lock, in half the time of `with`, and as safely.
+
+        After a plain `acquire()` a signal's exception could come before the `try`, and the lock would be held for ever.
+        """
         self.trees: dict[TreeId, PrefixTree] = {}
         self.limit_bytes = limit_bytes
         self.bytes = 0
@@ -204,42 +207,37 @@ class PrefixIndex:
         A tree that was given up because it was empty is entered again; or another that has taken its place is used.
         `asked`: the blocks of a request, to be counted among the statistics; 0 for a look-up that is none.
         """
-        self._acquire()
-        try:
-            if tree.gone:
-                tree = self._entered(tree)
-            if tree.erased:
-                node, depth = tree.root, 0
-            else:
-                node, depth = tree.find_with_extras(tokens, extras) if extras else tree.find(tokens)
-            if most_blocks is not None and depth > most_blocks:
-                depth = most_blocks
-                while node.start >= depth and node.parent is not None:
-                    node = node.parent
-            self._hold(node, depth)
-            if asked:
-                self.matches += 1
-                self.asked_blocks += asked
-                if depth:
-                    self.matched_blocks += depth
-                    shared = node
-                    while not shared.shared and shared.parent is not None:
-                        shared = shared.parent
-                    self.shared_hits += min(shared.end, depth)
-        finally:
-            self._release()
-        return Pin(tree, node, depth)
+        for _ in self._acquired:
+            try:
+                if tree.gone:
+                    tree = self._entered(tree)
+                if tree.erased:
+                    node, depth = tree.root, 0
+                else:
+                    node, depth = tree.find_with_extras(tokens, extras) if extras else tree.find(tokens)
+                if most_blocks is not None and depth > most_blocks:
+                    depth = most_blocks
+                    while node.start >= depth and node.parent is not None:
+                        node = node.parent
+                self._hold(node, depth)
+                if asked:
+                    self._count_match(node, depth, asked)
+                return Pin(tree, node, depth)
+            finally:
+                self._release()
+        raise AssertionError("the lock is always had in the end")
 
     def unpin(self, pin: Pin) -> None:
         """End a pin. Not to be called twice."""
         node, depth = pin.node, pin.depth
-        self._acquire()
-        try:
-            while node.start >= depth and node.parent is not None:
-                node = node.parent
-            self._let_go(node, depth)
-        finally:
-            self._release()
+        for _ in self._acquired:
+            try:
+                while node.start >= depth and node.parent is not None:
+                    node = node.parent
+                return self._let_go(node, depth)
+            finally:
+                self._release()
+        return None
 
     def shorten(self, pin: Pin, depth: int, *, uncount: bool = False) -> None:
         """Let go of the blocks from `depth` on. No use: ages stay as they are.
@@ -446,6 +444,15 @@ class PrefixIndex:
             self._mark_shared(node)
 
     # -- inside, with the lock held: leases ----------------------------------------------------------------------------
+
+    def _count_match(self, node: Node, depth: int, asked: int) -> None:
+        self.matches += 1
+        self.asked_blocks += asked
+        if depth:
+            self.matched_blocks += depth
+            while not node.shared and node.parent is not None:
+                node = node.parent
+            self.shared_hits += min(node.end, depth)
 
     def _hold(self, node: Node, depth: int) -> None:
         """Count a lease that ends at `depth` in `node`, and date all that it covers."""
