@@ -21,7 +21,7 @@ from kvpool.pool.lease import Lease
 from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec, StoreResult
-from kvpool.prefix.integrity import check_integrity
+from kvpool.prefix.integrity import IntegrityError, check_integrity
 from kvpool.prefix.node import NOWHERE, RAM, SSD
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
@@ -199,14 +199,30 @@ def check(pool: Pool, leases: Iterable[Lease] | None = None) -> None:
     `leases` are all that are open: then what is being written is waited for. None: not known.
     """
     engine = pool._engine
-    if leases is not None:
-        flushed(pool)
-    check_integrity(engine.index, None if leases is None else [lease._pin for lease in leases if lease._pin])
+    check_index(pool, leases)
     engine.ram.slab.check_integrity()
     for tier in pool.stats().tiers.values():
         assert tier.used_bytes <= tier.capacity_bytes, f"{tier.name} is within its capacity"
-    assert engine.ram.used_bytes == engine.index.copy_bytes[RAM], "every slot in use is a block's, and no block's twice"
+    eventually(lambda: engine.ram.used_bytes == engine.index.copy_bytes[RAM], "every slot in use is one block's")
     assert all(engine.ram.slab.slot_bytes(place) for place in ram_places(pool)), "every place in RAM is a slot in use"
+
+
+def check_index(pool: Pool, leases: Iterable[Lease] | None, deadline_s: float = 3.0) -> None:
+    """Fail unless every invariant of the index holds, `leases` being all that are open, if they are known.
+
+    The writers and the housekeeper lease blocks too, for moments: what does not hold is looked at again for a while.
+    """
+    pins = None if leases is None else [lease._pin for lease in leases if lease._pin]
+    until = time.monotonic() + deadline_s
+    while True:
+        if pins is not None:
+            flushed(pool)
+        try:
+            return check_integrity(pool._engine.index, pins)
+        except IntegrityError:
+            if pins is None or time.monotonic() > until:
+                raise
+        time.sleep(0.002)
 
 
 def ram_places(pool: Pool) -> list[int]:

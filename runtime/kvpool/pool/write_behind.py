@@ -151,21 +151,30 @@ class WriteBehind:
             self._changed.notify_all()
 
     def _write_all(self, node: Node) -> Idle:
-        """Write all that is wanted of a node, and of its ancestors before it."""
-        while True:
+        """Write all that is wanted of a node, and of its ancestors before it.
+
+        Making room for the end of a long chain may have taken its beginning. That is written again, but not for ever.
+        """
+        written = 0
+        while not self._closed:
             if not self._store.writable:
                 self._drop(node, "refused" if self._store.refusing else "ssd-unavailable")
                 return Idle.DONE
             self._reclaimer.make_room()  # before blocks are leased for writing: those and their ancestors cannot move
+            if written > 2 * node.end:
+                self._drop(node, "refused")
+                return Idle.DONE
             run = saving.begin(
                 self._index, node, payload_bytes_of=self._payload_bytes_of, most_bytes=RUN_BYTES
             )  # fmt: skip
             if isinstance(run, Idle):
                 return run
             node = run.wanted
+            written += len(run.places)
             if not self._write(run):
                 self._drop(node, "refused")
                 return Idle.DONE
+        return Idle.DONE
 
     def _write(self, run: Run) -> bool:
         """Write one run; False when not all of it was taken."""
