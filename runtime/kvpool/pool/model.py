@@ -27,7 +27,7 @@ from kvpool.tiers.tier import TierName
 
 MAX_KNOWN_TENANTS = 10_000
 """Tenants whose tree a model keeps at hand; beyond it is looked up anew."""
-STORE_BATCH_BYTES = 16 << 20
+STORE_BATCH_BYTES = 64 << 20
 REMEMBERED_REFUSALS = 256
 """Refused blocks of one store that `explain` will know about."""
 _LOSS_OF = {Refusal.NO_ROOM: Loss.REFUSED, Refusal.INDEX_FULL: Loss.INDEX_FULL, Refusal.ERASED: Loss.ERASED}
