@@ -497,6 +497,20 @@ def test_an_ssd_that_is_smaller_than_ram_is_not_written_over_and_over(tmp_path: 
         check_chains_on_ssd(pool)
 
 
+def test_a_prompt_longer_than_the_ssd_is_not_written_over_and_over(tmp_path: Path) -> None:
+    """Not even where each of its blocks is a chain link of its own, as extra keys make them."""
+    tokens, extras = prompt(60), {block: b"image" for block in range(60)}
+    with open_pool(tmp_path, ram=64 * RECORD, ssd=MIB // 4) as pool:
+        model = pool.register(spec())
+        assert store(model, tokens, extra_keys=extras).stored == 60
+        flushed(pool)
+        stats = pool.stats().write_behind
+        assert stats.physical_bytes_written < 4 * 60 * RECORD
+        assert load(model, tokens, extra_keys=extras) == 60
+        check(pool, leases=())
+        check_chains_on_ssd(pool)
+
+
 def test_where_every_segment_is_leased_writes_are_dropped_and_counted(tmp_path: Path) -> None:
     with open_pool(tmp_path, ram=100 * RECORD, ssd=MIB // 2) as pool:
         model = pool.register(spec())

@@ -478,9 +478,10 @@ def test_only_requests_are_counted_and_shared_hits_end_with_the_shared_prefix(
 
 def test_keys_of_what_left_are_reported_when_asked_for(index: PrefixIndex, tree: PrefixTree) -> None:
     stored(index, tree, "ab")
-    index.report_keys = True
-    gone = index.evict(RAM, 2 * RECORD_BYTES)
-    assert [copy.key for copy in gone] == tree.chain.keys(tokens("ab"), 4)[::-1]
+    removed: list[tuple[int, list[BlockKey]]] = []
+    index.on_removed = lambda level, keys: removed.append((level, list(keys)))
+    assert len(index.evict(RAM, 2 * RECORD_BYTES)) == 2
+    assert removed == [(RAM, tree.chain.keys(tokens("ab"), 4)[::-1])]
 
 
 def test_blocks_of_an_erased_tree_are_remembered_as_erased(index: PrefixIndex, tree: PrefixTree) -> None:

@@ -179,7 +179,7 @@ class IndexAgainstModel(RuleBasedStateMachine):
         """Take what left the index out of the model, one by one; nothing leased may be among it."""
         leased = self.leased()
         found = []
-        for level, place, record_bytes, last, _ in gone:
+        for level, place, record_bytes, last in gone:
             where = self.model.block_at(level, place)
             assert may_be_leased or where not in leased
             assert record_bytes == RECORD_BYTES

@@ -63,7 +63,7 @@ def assemble(
         costs=TierCosts(),
     )
     events = EventBus()
-    copies = Copies(ram, store, events)
+    copies = Copies(ram, store)
     memory = Memory(ram, index, copies)
     reclaimer = Reclaimer(index, store, copies)
     return Engine(

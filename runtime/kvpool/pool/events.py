@@ -7,10 +7,12 @@ queue; when it overflows the oldest events are dropped, and the gap shows in `Ev
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvpool.blocks.identity import BlockKey, Fingerprint
+from kvpool.blocks.record import Head
+from kvpool.prefix.index import LEVEL_NAMES
 from kvpool.tiers.tier import TierName
 
 QUEUE_BYTES = 16 << 20
@@ -78,6 +80,18 @@ class EventBus:
         for subscription in self._subscriptions:
             subscription.put(what)
 
+    def publish_stored(self, heads: Sequence[Head], medium: TierName) -> None:
+        """Queue that these blocks of one prompt have a copy on `medium` now: an event for each run without a gap."""
+        for run in _chains(heads):
+            tokens = b"" if medium is TierName.SSD else b"".join(head.tokens for head in run)
+            keys, first = tuple(head.key for head in run), run[0]
+            self.publish(BlockStored(keys, first.parent, tokens, len(first.tokens) // 4, first.fingerprint, medium))
+
+    def publish_removed(self, level: int, keys: Sequence[BlockKey]) -> None:
+        """Queue that these blocks have no copy at `level` any more; the index calls this, its lock held."""
+        if self.active:
+            self.publish(BlockRemoved(tuple(keys), TierName(LEVEL_NAMES[level])))
+
     def close(self) -> None:
         """Deliver what is queued, and end all subscriptions."""
         with self._lock:
@@ -129,6 +143,18 @@ class _Subscription:
                 self._listener(event)
             except Exception:  # a listener's fault is its own
                 _log.exception("a listener of pool events failed at event %d", event.sequence)
+
+
+def _chains(heads: Sequence[Head]) -> Iterator[list[Head]]:
+    """Cut blocks of one prompt into runs in which each follows the one before."""
+    run: list[Head] = []
+    for head in heads:
+        if run and head.parent != run[-1].key:
+            yield run
+            run = []
+        run.append(head)
+    if run:
+        yield run
 
 
 def _size(what: BlockStored | BlockRemoved) -> int:

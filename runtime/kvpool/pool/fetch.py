@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvpool.pool.copies import Copies
-from kvpool.pool.events import BlockStored, EventBus
+from kvpool.pool.events import EventBus
 from kvpool.pool.memory import Memory
 from kvpool.pool.reading import TIER_OUT, Readers, ReadJob
 from kvpool.pool.ssd_store import SsdStore
@@ -167,13 +167,7 @@ class Fetch:
         """Publish that these blocks are in RAM now."""
         if kept and self.parts.events.active:
             heads = [head for slot, head in zip(job.slots, job.heads, strict=True) if slot in kept]
-            tree = self.pin.tree
-            self.parts.events.publish(
-                BlockStored(
-                    tuple(head.key for head in heads), heads[0].parent, b"".join(head.tokens for head in heads),
-                    tree.token_bytes // 4, tree.id.fingerprint, TierName.RAM,
-                )
-            )  # fmt: skip
+            self.parts.events.publish_stored(heads, TierName.RAM)
 
     def _lose(self, block: int, place: int, fault: str) -> None:
         """A record is bad: it is forgotten. One that could not be read for a tier that is out is not to blame."""

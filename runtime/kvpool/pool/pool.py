@@ -200,7 +200,7 @@ class Pool:
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call `listener`, on a thread of its own, with every block stored or removed; returns what ends that."""
         self._engine.gate.check()
-        self._engine.index.report_keys = True
+        self._engine.index.on_removed = self._engine.events.publish_removed
         return self._engine.events.subscribe(listener)
 
     def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:

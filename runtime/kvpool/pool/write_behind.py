@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.record import seal
-from kvpool.pool.events import BlockStored, EventBus
+from kvpool.pool.events import EventBus
 from kvpool.pool.memory import Memory
 from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.ssd_store import SsdStore
@@ -185,8 +185,9 @@ class WriteBehind:
                 seal(record, head)
             written = self._append(records)
         finally:
-            self._store.drop(saving.finish(self._index, run, written))
-            self._count(run, written)
+            refused = saving.finish(self._index, run, written)
+            self._store.drop(refused)
+            self._count(run, [place in refused or place is None for place in written])
             saving.end(self._index, run)
         return None not in written
 
@@ -208,18 +209,18 @@ class WriteBehind:
         self._store.drop([place for place in written[taken:] if place is not None])
         return written[:taken] + [None] * (len(written) - taken)
 
-    def _count(self, run: Run, written: list[int | None]) -> None:
-        """While the run is leased, so that no event of its removal comes before that of its storing."""
-        taken = len(written) - written.count(None)
+    def _count(self, run: Run, missing: list[bool]) -> None:
+        """While the run is leased, so that no event of its removal comes before that of its storing.
+
+        `missing` are the blocks that were not written, or for which the index has no use any more.
+        """
+        tree = run.pin.tree
         with self._changed:
-            self.saved_blocks += taken
-            self.saved_bytes += taken * run.node.tree.record_bytes
-        if taken and self._events.active:
-            keys = tuple(head.key for head in run.heads[:taken])
-            tree = run.pin.tree
-            self._events.publish(
-                BlockStored(keys, run.heads[0].parent, b"", tree.token_bytes // 4, tree.id.fingerprint, TierName.SSD)
-            )
+            self.saved_blocks += missing.count(False)
+            self.saved_bytes += missing.count(False) * tree.record_bytes
+        if self._events.active:
+            heads = [head for head, is_missing in zip(run.heads, missing, strict=True) if not is_missing]
+            self._events.publish_stored(heads, TierName.SSD)
 
     def _drop(self, node: Node, reason: str) -> None:
         blocks = saving.forget(self._index, node)

@@ -76,11 +76,9 @@ class Gone(NamedTuple):
     record_bytes: int
     last: bool
     """Whether it was the block's last copy."""
-    key: bytes
-    """The block's key where the index was asked to `report_keys`; else empty, for that costs a slice per block."""
 
 
-_gone: Callable[[tuple[int, int, int, bool, bytes]], Gone] = partial(tuple.__new__, Gone)
+_gone: Callable[[tuple[int, int, int, bool]], Gone] = partial(tuple.__new__, Gone)
 """`Gone` from a tuple, in a third of the time."""
 
 
@@ -129,7 +127,9 @@ class PrefixIndex:
         """Per level that is freed region by region (SSD segments, RAM extents): the region of a place."""
         self.residents: dict[int, dict[int, set[Node]]] = {level: {} for level in self.region_of}
         """Per such level: region -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
-        self.report_keys = False
+        self.on_removed: Callable[[int, Sequence[BlockKey]], None] | None = None
+        """Told of copies that leave: level and keys, last block first. Called with the lock held, so that nobody can
+        enter them again before it knows; it must not wait, nor call the index. None: that costs a slice per block."""
         self.matches = 0
         """Requests: calls of `match` that count."""
         self.asked_blocks = 0
@@ -663,20 +663,18 @@ class PrefixIndex:
         else:
             places[first:until] = array("q", [NOWHERE]) * len(taken)
         record_bytes = node.tree.record_bytes
-        keys = node.keys if self.report_keys else b""
-        if NOWHERE not in taken and node.held_to() <= first and not keys:
+        if NOWHERE not in taken and node.held_to() <= first and self.on_removed is None:
             lost: Sequence[int] = range(first, first + len(taken))
-            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True), repeat(b"")))
+            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True)))
             found = len(taken)
         else:
             here = [(at, place) for at, place in enumerate(taken, first) if place != NOWHERE]
             lost = [at for at, _ in here if not node.has_copy(at)]
             lasts = set(lost)
-            gone += [
-                Gone(level, place, record_bytes, at in lasts, keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])
-                for at, place in reversed(here)
-            ]
+            gone += [Gone(level, place, record_bytes, at in lasts) for at, place in reversed(here)]
             found = len(here)
+            if self.on_removed is not None and here:
+                self.on_removed(level, [_key_at(node, at) for at, _ in reversed(here)])
         self._count(node, level, -found)
         if level in self.region_of:
             self._leave_regions(node, level, taken)
@@ -888,8 +886,7 @@ class PrefixIndex:
         wanted = node.save_to - node.start
         if wanted > lost[0] and not node.tree.erased:
             self.unsaved_blocks += sum(at < wanted for at in lost)
-        keys = node.keys
-        lost_keys = [BlockKey(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in lost]
+        lost_keys = [_key_at(node, at) for at in lost]
         reason = Loss.ERASED if node.tree.erased else loss
         self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
 
@@ -910,6 +907,10 @@ def edge_bytes(node: Node, blocks: int) -> int:
     token_bytes = node.tree.token_bytes
     key_in_parent = token_bytes + KEY_IN_PARENT_BYTES if blocks > 1 else 0
     return NODE_BYTES + key_in_parent + blocks * (token_bytes + BLOCK_OVERHEAD_BYTES)
+
+
+def _key_at(node: Node, index: int) -> BlockKey:
+    return BlockKey(node.keys[index * KEY_BYTES : (index + 1) * KEY_BYTES])
 
 
 def _fill_gaps(known: array[int], index: int, places: Sequence[int]) -> tuple[list[int], list[int]]:
