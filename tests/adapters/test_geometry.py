@@ -66,7 +66,7 @@ def _refused() -> dict[str, tuple[Any, str]]:
         "chunked": (lambda: made(Llama4ForCausalLM, Llama4TextConfig(**four_layers)), "chunked attention"),
         "mamba": (
             lambda: made(MambaForCausalLM, MambaConfig(**RECURRENT)),
-            "layer 0 keeps a LinearAttentionLayer: a recurrent",
+            "a recurrent or convolution state",
         ),
         "hybrid": (
             lambda: made(FalconH1ForCausalLM, FalconH1Config(**{**SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4})),
@@ -74,7 +74,7 @@ def _refused() -> dict[str, tuple[Any, str]]:
         ),
         "state elsewhere": (
             lambda: made(RwkvForCausalLM, RwkvConfig(**RECURRENT, attention_hidden_size=32)),
-            "layer 0 keeps nothing per token",
+            "layer 0 keeps nothing per token|a recurrent or convolution state",
         ),
         "encoder-decoder": (
             lambda: made(T5ForConditionalGeneration, T5Config(vocab_size=97, d_model=32, num_layers=1, num_heads=2)),

@@ -24,7 +24,7 @@ _TENANT = "bench"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstTokenFigures:
-    """Seconds from a prompt to its first token: medians of several rounds, taken in turns."""
+    """Seconds from a prompt to its first token: medians of several rounds, taken in turns; of cold runs the best."""
 
     prompt_tokens: int
     loaded_tokens: int

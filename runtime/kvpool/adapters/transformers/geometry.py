@@ -79,9 +79,10 @@ def inspect_model(model: Any) -> Geometry:
     """
     _refuse_by_kind(model)
     _refuse_by_configuration(model.config)
-    layers = _empty_layers(model.config)
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(_empty_layers(model.config)):
         _refuse_layer(model, index, layer)
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(f"{type(model).__name__}: {_REASONS['LinearAttentionLayer']}")
     return _measure(model)
 
 
@@ -184,7 +185,7 @@ def _run_probe(model: Any) -> list[Any]:
     try:
         with torch.no_grad():
             model(input_ids=prompts, use_cache=True, **{cache_argument(model.forward): cache})
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModelError(f"{type(model).__name__} does not run with a DynamicCache: {error}") from error
     return list(cache.layers)
 

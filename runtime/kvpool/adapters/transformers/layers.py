@@ -108,7 +108,7 @@ class PooledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new keys and values; returns all of them. Copies the earlier ones only when there is no room left."""
-        self._check_first(key_states)
+        self._check_awaited(key_states)
         wants_gradient = key_states.requires_grad or value_states.requires_grad
         if wants_gradient or not self.is_pooled or not self.buffer.holds(key_states, value_states):
             return self._update_plainly(key_states, value_states, *args, **kwargs)
@@ -127,15 +127,16 @@ class PooledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         keys, values = self._pooled
         return keys is not None and self.keys is keys and self.values is values
 
-    def _check_first(self, keys: torch.Tensor) -> None:
+    def _check_awaited(self, keys: torch.Tensor) -> None:
         """Some ways to generate ignore what is in the cache; their answers would be wrong without a word."""
-        awaited, self._awaited = self._awaited, None
-        if awaited is None:
+        awaited, tokens = self._awaited, keys.shape[-2]
+        if not awaited:
             return
-        if keys.shape[-2] > awaited:
+        self._awaited = awaited - tokens
+        if tokens > awaited:
             raise InputError(
-                f"the model ran {keys.shape[-2]} tokens after the {self.get_seq_length()} that were loaded, and the "
-                f"session's prompt has {awaited} more: assisted decoding and the like begin anew"
+                f"the model ran {tokens} tokens after the {self.get_seq_length()} in the cache, and the session's "
+                f"prompt has {awaited} more: assisted decoding and the like begin anew, whatever is in the cache"
             )
         if keys.shape[0] != self.keys.shape[0]:
             raise InputError(
