@@ -174,6 +174,13 @@ def fill_ram(model: Model, blocks: int, seed: int = 900) -> None:
     store(model, prompt(blocks, seed=seed))
 
 
+def stored_below(pool: Pool, model: Model, tokens: list[int], tenant: str = "default") -> None:
+    """Store a prompt, see that it is on SSD, and take it out of RAM."""
+    store(model, tokens, tenant)
+    flushed(pool)
+    empty_ram(pool)
+
+
 def empty_ram(pool: Pool) -> None:
     """Evict all that may go from RAM, as if others had needed the room."""
     engine = pool._engine

@@ -12,7 +12,6 @@ from kvpool.blocks.identity import BlockKey
 from kvpool.blocks.record import Buffer
 from kvpool.errors import DirectoryInUseError
 from kvpool.pool import pool as pool_module
-from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import Refusal
 from kvpool.prefix.node import RAM as RAM_LEVEL
@@ -43,6 +42,7 @@ from .kv import (
     served,
     spec,
     store,
+    stored_below,
 )
 
 RAM, SSD = TierName.RAM, TierName.SSD
@@ -52,13 +52,6 @@ FOUR = prompt(4, seed=1)
 def on_ssd(pool: Pool) -> int:
     """Blocks that have a copy on SSD."""
     return pool.stats().tiers[SSD].blocks
-
-
-def stored_below(pool: Pool, model: Model, tokens: list[int], tenant: str = "default") -> None:
-    """Store a prompt, see that it is on SSD, and take it out of RAM."""
-    store(model, tokens, tenant)
-    flushed(pool)
-    empty_ram(pool)
 
 
 # -- down and up again -------------------------------------------------------------------------------------------------
@@ -499,7 +492,7 @@ def test_an_ssd_that_is_smaller_than_ram_is_not_written_over_and_over(tmp_path: 
 
 def test_a_prompt_longer_than_the_ssd_is_not_written_over_and_over(tmp_path: Path) -> None:
     """Not even where each of its blocks is a chain link of its own, as extra keys make them."""
-    tokens, extras = prompt(60), {block: b"image" for block in range(60)}
+    tokens, extras = prompt(60), dict.fromkeys(range(60), b"image")
     with open_pool(tmp_path, ram=64 * RECORD, ssd=MIB // 4) as pool:
         model = pool.register(spec())
         assert store(model, tokens, extra_keys=extras).stored == 60

@@ -48,6 +48,7 @@ from .kv import (
     served,
     spec,
     store,
+    stored_below,
 )
 
 RAM, SSD = TierName.RAM, TierName.SSD
@@ -60,13 +61,6 @@ def corrupt_records(pool: Pool) -> int:
     """Records that were found damaged, at start or when they were read."""
     stats = pool.stats()
     return sum(stats.tiers[SSD].corrupt.values()) + sum(stats.restored.dropped.values())
-
-
-def stored_below(pool: Pool, model: Model, tokens: list[int], tenant: str = "default") -> None:
-    """Store a prompt, see that it is on SSD, and take it out of RAM."""
-    store(model, tokens, tenant)
-    flushed(pool)
-    empty_ram(pool)
 
 
 def serves_and_heals(directory: Path, prompts: list[list[int]], **options: Any) -> int:

@@ -307,7 +307,7 @@ class Pool:
                 nbytes[tier] += copy.record_bytes
         with engine.index.lock:
             trees = [tree for tree in engine.index.buried_trees() if tree.id.tenant == digest]
-            leased = sum(node.blocks for tree in trees for node in tree.nodes())
+            leased = sum(node.leased_to() - node.start for tree in trees for node in tree.nodes())
         return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
 
     def _apply(self, config: RuntimeConfig) -> None:
