@@ -15,7 +15,7 @@ def described(directory: Path) -> dict[str, str]:
     """Machine, date and versions; `directory` is where the bench's files go."""
     return {
         "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} CPUs, {_memory_gib():.0f} GiB of memory",
-        "disk": f"{_file_system(directory)} at {directory}",
+        "disk": _file_system(directory),
         "system": f"Linux {platform.release()}, {platform.python_implementation()} {platform.python_version()}",
         "versions": ", ".join([f"kvpool {kvpool.__version__}", *_versions()]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
