@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kvpool.adapters.transformers.geometry import Geometry
+from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.layers import KVBuffer, pooled_cache, slabs_of
 from kvpool.errors import InputError
 from tests.adapters.tiny import llama
@@ -17,7 +18,7 @@ GEOMETRY = Geometry(HEADS, KEY, VALUE, torch.float32, (torch.device("cpu"),) * L
 
 
 def both(capacity: int = 8, batch: int = 1) -> tuple[Any, Any]:
-    return pooled_cache(llama().config, KVBuffer(GEOMETRY, batch, capacity), LAYERS, 0), DynamicCache(
+    return pooled_cache(KVBuffer(GEOMETRY, batch, capacity, HostMemory()), LAYERS, 0), DynamicCache(
         config=llama().config
     )
 
@@ -116,7 +117,7 @@ def test_a_buffer_made_in_inference_mode_can_grow_outside_of_it() -> None:
 
 def test_layers_of_several_devices_lie_in_a_slab_each() -> None:
     devices = (torch.device("cpu"), torch.device("meta"), torch.device("meta"))
-    slabs = KVBuffer(GEOMETRY._replace(devices=devices), 1, 8).slabs
+    slabs = KVBuffer(GEOMETRY._replace(devices=devices), 1, 8, HostMemory()).slabs
     assert [(slab.first_layer, slab.keys.shape[0], slab.keys.device.type) for slab in slabs] == [
         (0, 1, "cpu"),
         (1, 2, "meta"),

@@ -123,8 +123,9 @@ def first_token(
 ) -> FirstTokenFigures:
     """Measure how soon a prompt's first token is there when the prompt was asked before, and when it was not."""
     model = cache.model
-    cold = [_first_token(model, prompt, _empty(model))[0] for _ in range(cold_rounds)]
-    _, memory = _first_token(model, prompt, _empty(model))
+    cold = [_first_token(model, prompt, DynamicCache(config=model.config)) for _ in range(cold_rounds)]
+    memory = DynamicCache(config=model.config)
+    _first_token(model, prompt, memory)
     cache.generate(prompt, tenant=tenant, max_new_tokens=1, do_sample=False)
     pooled, loads, whole, same = [], [], [], []
     for _ in range(rounds):
@@ -132,8 +133,7 @@ def first_token(
         with cache.session(prompt, tenant=tenant, room_tokens=1) as session:
             loads.append(time.perf_counter() - began)
             loaded = session.loaded_columns
-            seconds, _ = _first_token(model, prompt, session.past_key_values)
-            pooled.append(loads[-1] + seconds)
+            pooled.append(loads[-1] + _first_token(model, prompt, session.past_key_values))
         whole.append(_again(model, prompt, memory, prompt.shape[1] - 1))
         same.append(_again(model, prompt, memory, loaded))
     return FirstTokenFigures(
@@ -181,23 +181,19 @@ def no_repeats(
     )
 
 
-def _first_token(model: Any, prompt: torch.Tensor, past: Any) -> tuple[float, Any]:
-    """Seconds until the first token, going on from `past`; and the cache, which holds the whole prompt then."""
+def _first_token(model: Any, prompt: torch.Tensor, past: Any) -> float:
+    """Seconds until the first token, going on from `past`, which holds the whole prompt then."""
     first = FirstToken()
     arguments = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), generate_argument(): past}
     began = time.perf_counter()
     model.generate(**arguments, max_new_tokens=1, do_sample=False, streamer=first)
-    return first.at_s - began, past
+    return first.at_s - began
 
 
 def _again(model: Any, prompt: torch.Tensor, memory: DynamicCache, tokens: int) -> float:
     """The same from the first `tokens` tokens of a cache in memory, which holds the whole prompt before and after."""
     memory.crop(tokens - memory.get_seq_length())
-    return _first_token(model, prompt, memory)[0]
-
-
-def _empty(model: Any) -> DynamicCache:
-    return DynamicCache(config=model.config)
+    return _first_token(model, prompt, memory)
 
 
 def _pool(directory: Path, block_tokens: int) -> Pool:

@@ -20,35 +20,30 @@ from kvpool.blocks.record import Buffer
 _INTEGERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}
 
 
-class _Side(NamedTuple):
-    """One row's keys, or its values, of some layers; `held` is [layers, heads, tokens, dim], numpy's on the CPU."""
+class _Part(NamedTuple):
+    """One row's keys, its values, or both, of some layers."""
 
     held: Any
-    first_layer: int
-    layers: int
-    offset: int
-    """Where its numbers begin within a layer of a payload."""
-    dim: int
-
-    def of(self, layers: Any, heads: int, block_tokens: int) -> Any:
-        """The same numbers in a payload [all layers, numbers], as a view [layers, heads, block tokens, dim]."""
-        end = self.offset + heads * block_tokens * self.dim
-        part = layers[self.first_layer : self.first_layer + self.layers, self.offset : end]
-        return part.reshape(self.layers, heads, block_tokens, self.dim)
+    """[layers, (keys and values,) heads, tokens, dimension]; an array on the CPU."""
+    layers: slice
+    numbers: slice
+    """Where they lie among the numbers of a layer in a payload."""
+    shape: tuple[int, ...]
+    """As `held`, for the tokens of a block."""
 
 
 class _Row:
     """Where one row of a cache lies, and how it lies in payloads."""
 
     def __init__(self, layout: KVLayout, slabs: Sequence[Slab], row: int) -> None:
-        self._layout = layout
-        self._sides = [side for slab in slabs for side in _sides(layout, slab, row)]
+        self._layers = layout.layers
+        self._integer = _INTEGERS[layout.dtype.itemsize][1]
+        self._parts = [part for slab in slabs for part in _parts(layout, slab, row)]
 
     def pairs(self, payload: Buffer) -> list[tuple[Any, Any]]:
         """What is held, and its place in the payload: side by side."""
-        layout = self._layout
-        numbers = payload.view(_INTEGERS[layout.dtype.itemsize][1]).reshape(layout.layers, -1)
-        return [(side.held, side.of(numbers, layout.kv_heads, layout.block_tokens)) for side in self._sides]
+        numbers = payload.view(self._integer).reshape(self._layers, -1)
+        return [(part.held, numbers[part.layers, part.numbers].reshape(part.shape)) for part in self._parts]
 
 
 class CacheSource:
@@ -63,7 +58,7 @@ class CacheSource:
         """Copy the keys and values of block `index` into `into`."""
         start = self._padding + index * self._block_tokens
         for held, there in self._row.pairs(into):
-            _copy(there, held[:, :, start : start + self._block_tokens])
+            _copy(there, held[..., start : start + self._block_tokens, :])
 
 
 class CacheSink:
@@ -81,25 +76,29 @@ class CacheSink:
         tokens = min(self._block_tokens, self._end - start)
         if tokens <= 0:
             return
-        for held, there in self._row.pairs(_writable(payload)):
-            _copy(held[:, :, start : start + tokens], there[:, :, :tokens])
+        for held, there in self._row.pairs(payload):
+            _copy(held[..., start : start + tokens, :], there[..., :tokens, :])
 
 
-def _sides(layout: KVLayout, slab: Slab, row: int) -> list[_Side]:
-    integer = _INTEGERS[layout.dtype.itemsize][0]
-    keys_end = layout.kv_heads * layout.block_tokens * layout.head_size
-    sides = []
-    for tensor, offset, dim in ((slab.keys, 0, layout.head_size), (slab.values, keys_end, layout.value_dim)):
-        held = tensor[:, row].detach().view(integer)
-        array = held.numpy() if held.device.type == "cpu" else held
-        sides.append(_Side(array, slab.first_layer, tensor.shape[0], offset, dim))
-    return sides
+def _parts(layout: KVLayout, slab: Slab, row: int) -> list[_Part]:
+    heads, tokens = layout.kv_heads, layout.block_tokens
+    keys, values = heads * tokens * layout.head_size, heads * tokens * layout.value_dim
+    sides = [(slab.keys, slice(0, keys)), (slab.values, slice(keys, keys + values))]
+    if slab.both is not None:
+        sides = [(slab.both, slice(0, keys + values))]
+    layers = slice(slab.first_layer, slab.first_layer + slab.keys.shape[0])
+    parts = []
+    for tensor, numbers in sides:
+        held = tensor.select(-4, row).detach().view(_INTEGERS[layout.dtype.itemsize][0])
+        shape = (*held.shape[:-2], tokens, held.shape[-1])
+        parts.append(_Part(held.numpy() if held.device.type == "cpu" else held, layers, numbers, shape))
+    return parts
 
 
 def _copy(into: Any, source: Any) -> None:
     """Copy between two arrays, or between an array and a tensor on a device."""
     if isinstance(into, torch.Tensor):
-        into.copy_(torch.from_numpy(source))
+        into.copy_(torch.from_numpy(_writable(source)))
     elif isinstance(source, torch.Tensor):
         torch.from_numpy(into).copy_(source)
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvpool.adapters.transformers.geometry import DYNAMIC_CACHES, inspect_model, require_evaluation
+from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.identity import model_identity
 from kvpool.adapters.transformers.layers import ROOM_TOKENS
 from kvpool.adapters.transformers.rows import read_prompt
@@ -49,6 +50,7 @@ class TransformersCache:
         digest_file: Path | None = None,
     ) -> None:
         self.model = model
+        self._memory = HostMemory()
         self.geometry = inspect_model(model)
         identity = model_identity(
             model,
@@ -81,7 +83,7 @@ class TransformersCache:
         tenants = [tenant] * len(prompt.rows) if isinstance(tenant, str) else list(tenant)
         if len(tenants) != len(prompt.rows):
             raise InputError(f"tenant has {len(tenants)} names for {len(prompt.rows)} rows; pass one, or one per row")
-        return Session(self.model, self.blocks, self.geometry, prompt, tenants, room_tokens)
+        return Session(self.model, self.blocks, self.geometry, prompt, tenants, room_tokens, self._memory)
 
     def generate(
         self,

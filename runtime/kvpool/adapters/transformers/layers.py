@@ -6,14 +6,15 @@ two copies, whatever the depth of the model. A layer whose tensors somebody repl
 or dtype) leaves the buffer and goes on as the plain layer that it derives from.
 """
 
+from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvpool.adapters.transformers.geometry import Geometry
+from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.errors import InputError
 
 ROOM_TOKENS = 256
@@ -26,13 +27,16 @@ class Slab(NamedTuple):
     first_layer: int
     keys: torch.Tensor
     values: torch.Tensor
+    both: torch.Tensor | None = None
+    """Where keys and values lie side by side, as in a block: [layers, 2, batch, heads, tokens, head size]."""
 
 
 class KVBuffer:
     """The keys and values of a batch, all layers, with room to grow; beyond a layer's length it holds anything."""
 
-    def __init__(self, geometry: Geometry, batch: int, capacity: int) -> None:
+    def __init__(self, geometry: Geometry, batch: int, capacity: int, memory: HostMemory) -> None:
         self._geometry = geometry
+        self._memory = memory
         self._batch = batch
         self.capacity = capacity
         self.slabs = self._allocate(capacity)
@@ -73,20 +77,30 @@ class KVBuffer:
 
     @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> list[Slab]:
-        geometry, slabs, first = self._geometry, [], 0
-        for layer in range(1, len(geometry.devices) + 1):
-            if layer == len(geometry.devices) or geometry.devices[layer] != geometry.devices[first]:
-                shape = (layer - first, self._batch, geometry.kv_heads, capacity)
-                device = geometry.devices[first]
-                slabs.append(
-                    Slab(
-                        first,
-                        _empty((*shape, geometry.key_dim), geometry.dtype, device),
-                        _empty((*shape, geometry.value_dim), geometry.dtype, device),
-                    )
-                )
-                first = layer
-        return slabs
+        devices = self._geometry.devices
+        ends = [
+            layer for layer in range(1, len(devices) + 1) if devices[layer - 1 : layer] != devices[layer : layer + 1]
+        ]
+        return [self._slab(first, end, capacity) for first, end in zip([0, *ends], ends, strict=False)]
+
+    def _slab(self, first: int, end: int, capacity: int) -> Slab:
+        geometry, batch = self._geometry, self._batch
+        planes = [end - first, 2, batch, geometry.kv_heads, capacity]
+        count = end - first, batch, geometry.kv_heads, capacity
+        numbers = self._empty(prod(count) * (geometry.key_dim + geometry.value_dim), geometry.devices[first])
+        if geometry.key_dim == geometry.value_dim:
+            both = numbers.view(*planes, geometry.key_dim)
+            return Slab(first, both[:, 0], both[:, 1], both)
+        keys = prod(count) * geometry.key_dim
+        return Slab(
+            first, numbers[:keys].view(*count, geometry.key_dim), numbers[keys:].view(*count, geometry.value_dim)
+        )
+
+    def _empty(self, numbers: int, device: torch.device) -> torch.Tensor:
+        dtype = self._geometry.dtype
+        if device.type == "cpu":
+            return self._memory.take(numbers * dtype.itemsize).view(dtype)
+        return torch.empty(numbers, dtype=dtype, device=device)
 
 
 class PooledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -156,12 +170,13 @@ class PooledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return super().update(keys, values, *args, **kwargs)
 
 
-def pooled_cache(config: Any, buffer: KVBuffer, layers: int, length: int, awaited: int | None = None) -> DynamicCache:
+def pooled_cache(buffer: KVBuffer, layers: int, length: int, awaited: int | None = None) -> DynamicCache:
     """A `DynamicCache` whose layers hold the first `length` tokens of `buffer`.
 
     `awaited`: how many tokens the model may run at most when it first goes on from there; more raise `InputError`.
     """
-    cache = DynamicCache(config=config)
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None  # all layers are there
     cache.layers = [PooledLayer(buffer, index, length, awaited) for index in range(layers)]
     return cache
 
@@ -195,11 +210,3 @@ def _check_layer(index: int, layer: Any, geometry: Geometry, batch: int) -> None
             f"layer {index} of the cache holds (batch, heads, key size, value size, type) {found}; the prompt and the "
             f"registered model have {wanted}: beams, several sequences per prompt and autocast cannot be stored"
         )
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; on the CPU from numpy, which asks for huge pages: touching 100 MB takes 5 ms, not 23."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.empty(nbytes, np.uint8)).view(dtype).view(shape)

@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvpool.adapters.transformers.block_copy import CacheSink, CacheSource
 from kvpool.adapters.transformers.geometry import Geometry, generate_argument, require_evaluation
+from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.layers import KVBuffer, pooled_cache, slabs_of
 from kvpool.adapters.transformers.rows import Prompt, Row, loadable_columns
 from kvpool.blocks.layout import KVLayout
@@ -103,6 +104,7 @@ class Session:
         prompt: Prompt,
         tenants: Sequence[str],
         room_tokens: int,
+        memory: HostMemory,
     ) -> None:
         self._model = model
         self._blocks = blocks
@@ -110,10 +112,10 @@ class Session:
         self._prompt = prompt
         self._tenants = tenants
         self._served: Counter[TierName] = Counter()
-        buffer = KVBuffer(geometry, len(prompt.rows), prompt.width + room_tokens)
+        buffer = KVBuffer(geometry, len(prompt.rows), prompt.width + room_tokens, memory)
         self.loaded_columns = self._load(buffer)
         awaited = prompt.width - self.loaded_columns if self.loaded_columns else None
-        self._cache: Any = pooled_cache(model.config, buffer, len(geometry.devices), self.loaded_columns, awaited)
+        self._cache: Any = pooled_cache(buffer, len(geometry.devices), self.loaded_columns, awaited)
 
     def __enter__(self) -> "Session":
         return self
