@@ -214,6 +214,10 @@ def check(pool: Pool, leases: Iterable[Lease] | None = None) -> None:
     assert all(engine.ram.slab.slot_bytes(place) for place in ram_places(pool)), "every place in RAM is a slot in use"
 
 
+def is_within_capacity(pool: Pool) -> bool:
+    return all(tier.used_bytes <= tier.capacity_bytes for tier in pool.stats().tiers.values())
+
+
 def check_index(pool: Pool, leases: Iterable[Lease] | None, deadline_s: float = 3.0) -> None:
     """Fail unless every invariant of the index holds, `leases` being all that are open, if they are known.
 

@@ -33,6 +33,7 @@ from .kv import (
     eventually,
     fill_ram,
     flushed,
+    is_within_capacity,
     load,
     loaded_blocks,
     matched,
@@ -398,7 +399,7 @@ def test_capacities_hold_at_every_moment_and_what_is_promised_is_delivered(tmp_p
                     assert loaded_blocks(lease, model, tokens) == promised
             if step % 10 == 0:
                 assert disk_usage(tmp_path) <= capacity
-                assert all(tier.used_bytes <= tier.capacity_bytes for tier in pool.stats().tiers.values())
+                assert is_within_capacity(pool)
         flushed(pool)
         check(pool, leases=())
         check_chains_on_ssd(pool)
@@ -490,10 +491,10 @@ def test_an_ssd_that_is_smaller_than_ram_is_not_written_over_and_over(tmp_path: 
         check_chains_on_ssd(pool)
 
 
-def test_a_prompt_longer_than_the_ssd_is_not_written_over_and_over(tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_ssd_is_not_written_over_and_over(quick_path: Path) -> None:
     """Not even where each of its blocks is a chain link of its own, as extra keys make them."""
     tokens, extras = prompt(60), dict.fromkeys(range(60), b"image")
-    with open_pool(tmp_path, ram=64 * RECORD, ssd=MIB // 4) as pool:
+    with open_pool(quick_path, ram=64 * RECORD, ssd=MIB // 4) as pool:
         model = pool.register(spec())
         assert store(model, tokens, extra_keys=extras).stored == 60
         flushed(pool)

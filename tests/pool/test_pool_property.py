@@ -33,6 +33,7 @@ from .kv import (
     empty_ram,
     eventually,
     flushed,
+    is_within_capacity,
     open_pool,
     spec,
 )
@@ -221,7 +222,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         flushed(self.pool)
         engine = self.pool._engine
         if not self.held:
-            eventually(self._is_within_capacity, "capacities hold")
+            eventually(lambda: is_within_capacity(self.pool), "capacities hold")
         check_index(self.pool, [held.lease for held in self.held])
         engine.ram.slab.check_integrity()
         eventually(lambda: engine.ram.used_bytes == engine.index.copy_bytes[RAM], "every slot in use is one block's")
@@ -231,9 +232,6 @@ class PoolAgainstModel(RuleBasedStateMachine):
             assert tier.used_bytes <= tier.capacity_bytes or self.held
             check_chains_on_ssd(self.pool)
         assert self.pool.stats().mode == "normal"
-
-    def _is_within_capacity(self) -> bool:
-        return all(tier.used_bytes <= tier.capacity_bytes for tier in self.pool.stats().tiers.values())
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):

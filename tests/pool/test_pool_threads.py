@@ -33,6 +33,7 @@ from .kv import (
     disk_usage,
     eventually,
     flushed,
+    is_within_capacity,
     load,
     loaded_blocks,
     open_pool,
@@ -156,7 +157,7 @@ def test_threads_that_do_everything_at_once_see_only_what_is_right(
             crowd.add(partial(work, pool, models, 100 * seed + number, operations=1200))
         crowd.run()
         pool.reload(config(ram=24 * RECORD, ssd=MIB))
-        eventually(lambda: used_within(pool), "capacities hold")
+        eventually(lambda: is_within_capacity(pool), "capacities hold")
         eventually(lambda: not pool._engine.index.has_graves, "nothing is left of what was erased")
         check(pool, leases=())
         check_chains_on_ssd(pool)
@@ -173,10 +174,6 @@ def test_threads_that_do_everything_at_once_see_only_what_is_right(
     assert open_files() == files
     with open_pool(quick_path, ram=24 * RECORD, ssd=MIB) as again:
         check(again, leases=())
-
-
-def used_within(pool: Pool) -> bool:
-    return all(tier.used_bytes <= tier.capacity_bytes for tier in pool.stats().tiers.values())
 
 
 def running_threads() -> list[str]:
