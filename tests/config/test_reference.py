@@ -30,12 +30,14 @@ def test_the_cluster_example_sets_every_field_that_a_profile_would() -> None:
 
 def test_the_laptop_example_evicts_chats_of_3000_tokens_to_disk() -> None:
     config = load_config(ROOT / "examples" / "laptop.yaml")
-    block_bytes = 30 * 2 * 3 * 64 * config.block_tokens * 2
+    block_bytes = 30 * 2 * 3 * 64 * config.block_tokens * 4 + 4096  # float32, and the record's head
     chat_bytes = 3000 // config.block_tokens * block_bytes
     assert config.models[0].name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert config.ssd is not None
-    assert 2 * chat_bytes < config.ram.capacity_bytes < 4 * chat_bytes
-    assert config.ssd.capacity_bytes > 16 * chat_bytes
+    system_prompt_bytes = 1500 // config.block_tokens * block_bytes
+    assert system_prompt_bytes < config.ram.capacity_bytes < chat_bytes
+    assert config.sharing.max_shared_bytes < config.ram.capacity_bytes
+    assert config.ssd.capacity_bytes > 12 * chat_bytes
     assert (config.gpu, config.dragonfly, config.database) == (None, None, None)
 
 
