@@ -87,6 +87,15 @@ def test_after_an_orderly_restart_it_is_still_known_what_was_never_stored(tmp_pa
         assert verdicts(pool.register(spec()), FOUR) == [Verdict.NEVER_STORED] * 4
 
 
+def test_what_went_with_the_process_for_want_of_an_ssd_is_not_known(tmp_path: Path) -> None:
+    with open_pool(tmp_path) as pool:
+        store(pool.register(spec()), FOUR)
+    with open_pool(tmp_path) as pool:
+        assert verdicts(pool.model("m"), FOUR) == [Verdict.UNKNOWN] * 4
+    with open_pool(tmp_path) as pool:
+        assert verdicts(pool.model("m"), FOUR) == [Verdict.UNKNOWN] * 4
+
+
 def test_what_was_evicted_is_said_to_be_and_when(tmp_path: Path) -> None:
     began = time.time()
     with open_pool(tmp_path, ram=8 * RECORD) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from kvpool.pool.pool import Pool
 from kvpool.pool.results import Verdict
 from kvpool.prefix.node import RAM
 
+from .disks import SickDisk
 from .kv import (
     BLOCK_TOKENS,
     KIB,
@@ -99,7 +101,9 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self._open()
 
     def _open(self) -> None:
-        self.pool: Pool = open_pool(self.directory, **self.options)
+        self.disk = SickDisk()
+        self.was_ill = False
+        self.pool: Pool = open_pool(self.directory, disk=self.disk, **self.options)
         self.models: dict[str, Model] = {
             name: self.pool.register(spec(name, layout=layout)) for name, layout in MODELS.items()
         }
@@ -143,7 +147,8 @@ class PoolAgainstModel(RuleBasedStateMachine):
         flushed(self.pool)
         with self._match(asked) as lease:
             arrived = self._load(asked, lease, self._salt(asked.tenant))
-            assert arrived == lease.blocks or self.held, "with no other lease there is a slot to load through"
+            excused = self.held or self.was_ill
+            assert arrived == lease.blocks or excused, "with no other lease there is a slot to load through"
 
     @precondition(lambda self: len(self.held) < 3)
     @rule(asked=asked)
@@ -196,6 +201,17 @@ class PoolAgainstModel(RuleBasedStateMachine):
         report = self.pool.reload(config(**self.options))
         assert report.needs_restart == ()
 
+    @precondition(lambda self: self.options["ssd"] is not None)
+    @rule(call=st.sampled_from(["pwritev", "preadv", "fallocate", "create", "open", "fdatasync", "rename", "unlink"]))
+    def fall_ill(self, call: str) -> None:
+        """Until `recover`, or a restart on a sound disk, calls of this name fail."""
+        self.disk.errors = {call: errno.EIO}
+        self.was_ill = True
+
+    @rule()
+    def recover(self) -> None:
+        self.disk.recover()
+
     @rule()
     def restart(self) -> None:
         self._drop_leases()
@@ -221,7 +237,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def everything_agrees(self) -> None:
         flushed(self.pool)
         engine = self.pool._engine
-        if not self.held:
+        if not self.held and not self.was_ill:
             eventually(lambda: is_within_capacity(self.pool), "capacities hold")
         check_index(self.pool, [held.lease for held in self.held])
         engine.ram.slab.check_integrity()
@@ -229,15 +245,16 @@ class PoolAgainstModel(RuleBasedStateMachine):
         tier = engine.store.tier
         if tier is not None:
             assert tier.stats().live_records == engine.index.copies[2]
-            assert tier.used_bytes <= tier.capacity_bytes or self.held
-            check_chains_on_ssd(self.pool)
-        assert self.pool.stats().mode == "normal"
+            assert tier.used_bytes <= tier.capacity_bytes or self.held or self.was_ill
+            if not self.was_ill:
+                check_chains_on_ssd(self.pool)
+        assert self.pool.stats().mode == "normal" or self.was_ill
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):
             return
         self._drop_leases()
-        if self.options["ssd"] is not None:
+        if self.options["ssd"] is not None and not self.was_ill:
             eventually(lambda: disk_usage(self.directory) <= self.options["ssd"], "the directory is within capacity")
         self.pool.close()
         shutil.rmtree(self.base)

@@ -16,8 +16,11 @@ from kvpool.tiers.tier import TierName
 from .disks import SickDisk
 from .kv import (
     DEADLINE_S,
+    KIB,
+    LAYOUT,
     MIB,
     RECORD,
+    WIDE,
     check,
     check_chains_on_ssd,
     config,
@@ -236,6 +239,19 @@ def test_a_smaller_ssd_spares_leases_until_they_end(tmp_path: Path) -> None:
         eventually(lambda: is_within_capacity(pool), "files are given back")
         assert disk_usage(tmp_path) <= MIB
         check(pool, leases=())
+
+
+def test_a_smaller_ssd_gives_up_the_segments_that_are_being_filled_too(tmp_path: Path) -> None:
+    with open_pool(tmp_path, ssd=MIB // 2) as pool:
+        for name, layout in (("small", LAYOUT), ("wide", WIDE)):
+            stored_below(pool, pool.register(spec(name, layout=layout)), FOUR)
+        pool.reload(config(ssd=160 * KIB))
+        eventually(lambda: is_within_capacity(pool), "files are given back")
+        assert disk_usage(tmp_path) <= 160 * KIB
+        check(pool, leases=())
+        model = pool.model("small")
+        stored_below(pool, model, prompt(2, seed=2))
+        assert served(model, prompt(2, seed=2)) == {SSD: 2}
 
 
 def test_a_larger_ssd_holds_more(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kvpool.blocks.identity import BlockKey
 from kvpool.pool.durable_file import replace_file
 from kvpool.prefix.history import Fate, History, Loss
 from kvpool.prefix.index import LEVEL_NAMES, PrefixIndex
+from kvpool.prefix.node import NOWHERE, RAM, SSD, Node
 
 CAPACITY = 16_384
 FORMAT_VERSION = 1
@@ -70,16 +71,27 @@ def _begun_anew() -> History:
 
 
 def save_history(path: Path, index: PrefixIndex) -> None:
-    """Keep the index's history for the next process; a disk that cannot is logged."""
+    """Keep the index's history for the next process; a disk that cannot is logged.
+
+    What lies in RAM alone goes with this process, and is not listed: the next one knows only what came after.
+    """
     with index.lock:
         losses = list(index.history.items())
         since = index.history.complete_since_s or 0.0
+        if any(_lies_in_ram_alone(node) for tree in index.trees.values() for node in tree.nodes()):
+            since = time.time()
     try:
         replace_file(path, _packed(losses, since))
     except OSError as error:
         _log.warning("%s cannot be written (%s)", path, error)
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _lies_in_ram_alone(node: Node) -> bool:
+    """Whether some block of the edge does. On SSD lie its first ones, unless a record was lost."""
+    saved = node.places[SSD]
+    return len(node.places[RAM] or ()) > len(saved or ()) or (saved is not None and NOWHERE in saved)
 
 
 def _packed(losses: list[tuple[BlockKey, Fate]], since: float) -> bytes:

@@ -67,7 +67,13 @@ class Reclaimer:
     def shrink(self) -> None:
         """Free segments until the tier is within its capacity, which was lowered, or none can be freed."""
         tier = self._store.tier
-        if tier is not None and tier.used_bytes > tier.capacity_bytes:
+        if tier is None or tier.used_bytes <= tier.capacity_bytes:
+            return
+        if not self._free_while(tier, lambda: tier.used_bytes > tier.capacity_bytes):
+            try:
+                tier.seal_all()  # the open ones cannot be freed
+            except TierUnavailableError as error:
+                _log.warning("ssd tier: %s", error.reason)
             self._free_while(tier, lambda: tier.used_bytes > tier.capacity_bytes)
 
     def _free_while(self, tier: SsdTier, wanted: Callable[[], bool]) -> bool:
