@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from kvpool.pool.pool import Pool
 from kvpool.prefix.node import LEVELS
 from kvpool.tiers.tier import TierName
 
+from .disks import SickDisk
 from .kv import (
     KIB,
     LAYOUT,
@@ -174,6 +176,61 @@ def test_threads_that_do_everything_at_once_see_only_what_is_right(
     assert open_files() == files
     with open_pool(quick_path, ram=24 * RECORD, ssd=MIB) as again:
         check(again, leases=())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_on_a_disk_that_comes_and_goes_see_only_what_is_right(quick_path: Path, seed: int) -> None:
+    threads, files = running_threads(), open_files()
+    disk, ledger = SickDisk(), Ledger()
+    with open_pool(quick_path, ram=24 * RECORD, ssd=MIB, budgetS=0.05, disk=disk) as pool:
+        models = [pool.register(spec("small", layout=LAYOUT)), pool.register(spec("wide", layout=WIDE))]
+        unsubscribe = pool.subscribe(ledger)
+        crowd, done = Crowd(), threading.Event()
+        for number in range(3):
+            crowd.add(partial(work, pool, models, 100 * seed + number, operations=600))
+        sickness = threading.Thread(target=_ail, args=(disk, Random(seed), done))
+        sickness.start()
+        try:
+            crowd.run()
+        finally:
+            done.set()
+            sickness.join(20)
+            disk.recover()
+        pool.reload(config(ram=24 * RECORD, ssd=MIB))
+        seeds = iter(range(1000, 1_000_000))
+        eventually(lambda: bool(store(models[0], prompt(1, seed=next(seeds)))) and _is_well(pool), "all is well again")
+        eventually(lambda: is_within_capacity(pool), "capacities hold")
+        eventually(lambda: not pool._engine.index.has_graves, "nothing is left of what was erased")
+        check(pool, leases=())
+        tier = pool._engine.store.tier
+        assert tier is not None
+        assert tier.stats().live_records == pool.stats().tiers[TierName.SSD].blocks
+        there = keys_in_index(pool)
+        unsubscribe()
+        assert ledger.there == there, "the events add up to what is there"
+    eventually(lambda: running_threads() == threads, "no thread is left")
+    assert open_files() == files
+    with open_pool(quick_path, ram=24 * RECORD, ssd=MIB) as again:
+        check(again, leases=())
+        for tenant in TENANTS:
+            load(again.model("small"), prompt(3, seed=0), tenant)
+
+
+def _ail(disk: SickDisk, random: Random, done: threading.Event) -> None:
+    """Fails or stalls one kind of call, then is well for a while, over and over."""
+    while not done.wait(random.uniform(0, 0.03)):
+        call = random.choice(["pwritev", "preadv", "fallocate", "create", "fdatasync", "rename", "unlink", "open"])
+        if random.random() < 0.6:
+            disk.errors = {call: random.choice([errno.EIO, errno.ENOSPC])}
+        else:
+            disk.go_on.clear()
+            disk.stalls = lambda name, call=call: name == call  # type: ignore[misc]
+        done.wait(random.uniform(0, 0.1))
+        disk.recover()
+
+
+def _is_well(pool: Pool) -> bool:
+    return pool.flush(0.1) and pool.stats().mode == "normal"
 
 
 def running_threads() -> list[str]:
