@@ -42,20 +42,31 @@ class LruPolicy:
 
     def take(self) -> tuple[Candidate, int] | None:
         """Return the candidate that was used longest ago, and the age at which it was offered."""
-        while self._heap or self._retired:
-            heap = self._heap
-            if not heap or (self._retired and self._retired[0] < heap[0]):
-                heap = self._retired
+        while heap := self._first_heap():
             entry = heapq.heappop(heap)
             if self._offers.get(entry[2]) is entry:
                 del self._offers[entry[2]]
                 return entry[2], entry[0]
         return None
 
+    def next_age(self) -> int | None:
+        """The age of the candidate that `take` would return."""
+        while heap := self._first_heap():
+            if self._offers.get(heap[0][2]) is heap[0]:
+                return heap[0][0]
+            heapq.heappop(heap)
+        return None
+
     def offered_at(self, candidate: Candidate) -> int | None:
         """The age at which the candidate is on offer; None when it is not."""
         entry = self._offers.get(candidate)
         return None if entry is None else entry[0]
+
+    def _first_heap(self) -> list[_Entry]:
+        """The heap with the oldest entry; empty when both are."""
+        if self._retired and (not self._heap or self._retired[0] < self._heap[0]):
+            return self._retired
+        return self._heap
 
     def _tidy(self) -> None:
         if self._retired:

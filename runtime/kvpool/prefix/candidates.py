@@ -32,6 +32,10 @@ class EvictionPolicy(Protocol):
         """Return the one to go next and its `last_use` as offered, no longer on offer; None when there is none."""
         ...
 
+    def next_age(self) -> int | None:
+        """The `last_use`, about, of the one that `take` would return: to choose among several policies. None if none."""
+        ...
+
     def offered_at(self, candidate: Candidate) -> int | None:
         """The `last_use` with which this one is on offer, or None."""
         ...
