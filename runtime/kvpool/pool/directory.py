@@ -6,6 +6,7 @@
     EPOCHS        the epochs of tenants (`epochs`)
     models.json   the models that were registered (`registry`)
     HISTORY       why blocks were lost, from one close to the next start (`history_file`)
+    SHARED        which prefixes were shared when the pool was closed last (`shared_file`)
     ssd/          the ssd tier's own directory
 
 `FORMAT`'s first line, `kvpool-pool format=1`, keeps this shape in every version to come.

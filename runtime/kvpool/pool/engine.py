@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, tenant_digest
@@ -24,6 +24,7 @@ from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.traffic import Traffic
 from kvpool.pool.write_behind import WriteBehind
 from kvpool.prefix.index import PrefixIndex
+from kvpool.prefix.sharing import SharedMark
 from kvpool.prefix.tree import PrefixTree, TreeId
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
@@ -100,6 +101,8 @@ class Engine:
     gate: Gate = field(default_factory=Gate)
     traffic: Traffic = field(default_factory=Traffic)
     dropped_at_start: Counter[str] = field(default_factory=Counter)
+    shared_marks: Sequence[SharedMark] = ()
+    """Which prefixes were shared when the pool was closed last."""
     restored_blocks: int = 0
     restore_seconds: float = 0.0
 

@@ -127,6 +127,25 @@ class Model:
         engine.traffic.count_store(stored, already, refused, self.layout.record_bytes)
         return StoreResult(stored, already, refused)
 
+    def declare_shared(
+        self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None
+    ) -> int:
+        """Declare the whole blocks of `tokens` that are held a shared prefix; return how many tokens those are.
+
+        Shared prefixes go after all others, as `sharing` in the configuration says. A declaration holds while the
+        blocks are held, also over a restart. No request: it is in no statistics. Raises as `match` does.
+        """
+        packed = token_bytes(tokens)
+        extras = checked_extra_keys(extra_keys) if extra_keys else None
+        index = self._engine.index
+        with self._engine.gate:
+            pin = index.match(self._trees.get(tenant) or self._tree(tenant), packed, extras)
+            try:
+                index.mark_shared(pin)
+                return 0 if pin.tree.erased else pin.depth * self.layout.block_tokens
+            finally:
+                index.unpin(pin)
+
     def explain(
         self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None
     ) -> list[BlockReport]:

@@ -14,6 +14,7 @@ from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.epochs import Epochs
 from kvpool.prefix.restore import restore
+from kvpool.prefix.sharing import mark_again
 from kvpool.prefix.tree import TreeId
 from kvpool.tiers.ssd.segment import RecoveredRecord
 from kvpool.tiers.ssd.tier import SsdTier
@@ -40,6 +41,7 @@ def restore_from(engine: Engine, tier: SsdTier) -> None:
     engine.restore_seconds += seconds
     if engine.dropped_at_start:  # what these blocks were is not known, so neither is why they are missing
         engine.index.history.complete_since_s = time.time()
+    mark_again(engine.index, engine.shared_marks)
     engine.store.publish(tier)
     shrink_index(engine.index, engine.copies)
 

@@ -49,6 +49,7 @@ class Node:
         "ends",
         "extra",
         "heads",
+        "hits",
         "keys",
         "last_use",
         "offered",
@@ -99,6 +100,8 @@ class Node:
         self.parked = 0
         """Bit per level: would be on offer, were it not leased."""
         self.shared = False
+        self.hits = 0
+        """Requests whose longest shared prefix ended with this edge."""
         self.queued = False
         """In the write queue."""
         self.busy: object | None = None
