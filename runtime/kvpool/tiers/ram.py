@@ -9,7 +9,8 @@ before anything reads it, and `seal` writes the head and zeroes the padding; `pu
 Who reads a place holds it (a lease), for a place that was dropped is soon somebody else's.
 
 Memory: private and anonymous, left out of core dumps. `start_prefault` touches it in the background, ahead of its use,
-for a store into a page that the kernel has yet to hand out takes ten times as long.
+for a store into a page that the kernel has yet to hand out takes ten times as long. Where there is a GPU, a `page_lock`
+locks each extent once it was touched, so that the device copies from and to it directly.
 """
 
 import logging
@@ -21,7 +22,7 @@ import numpy as np
 
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.blocks.record import Buffer
-from kvpool.tiers.extents import PREFAULT_STEP_BYTES, SLOT_BITS, Bytes
+from kvpool.tiers.extents import PREFAULT_STEP_BYTES, SLOT_BITS, Bytes, PageLock
 from kvpool.tiers.host_memory import available_bytes
 from kvpool.tiers.slab import Slab
 from kvpool.tiers.tier import TierName, TierUnavailableError
@@ -55,7 +56,8 @@ class RamTier:
     """Holds records in host memory; implements `LocalTier`. Safe from any thread.
 
     `extent_bytes` None: derived from the capacity (see `Slab`). `available_memory` says how much more memory the
-    process may have; prefaulting asks it.
+    process may have; prefaulting asks it. `page_lock` locks what prefaulting has touched, until it is unmapped; what is
+    mapped otherwise stays pageable.
     """
 
     name = TierName.RAM
@@ -67,8 +69,9 @@ class RamTier:
         huge_pages: bool = False,
         extent_bytes: int | None = None,
         available_memory: Callable[[], int] = available_bytes,
+        page_lock: PageLock | None = None,
     ) -> None:
-        self.slab = Slab(capacity_bytes, huge_pages=huge_pages, extent_bytes=extent_bytes)
+        self.slab = Slab(capacity_bytes, huge_pages=huge_pages, extent_bytes=extent_bytes, page_lock=page_lock)
         self._available_memory = available_memory
         self._closed = threading.Event()
         self._prefault_lock = threading.Lock()

@@ -1,8 +1,9 @@
 """The slab allocator: memory in extents, each cut into slots of one size.
 
-Layout: an extent is about `extent_bytes` of anonymous memory and holds a whole number of slots, so that no tail is
-wasted; a slot is `extent number << 32 | index`. Sizes are any multiples of 4 KiB. Extents are mapped on demand, never
-beyond `capacity_bytes`; one that is wholly free belongs to whoever needs it next, and is cut anew with its pages.
+Layout: an extent is about `extent_bytes` of memory, of the host or of a device, and holds a whole number of slots, so
+that no tail is wasted; a slot is `extent number << 32 | index`. Sizes are any multiples of 4 KiB. Extents are mapped on
+demand, never beyond `capacity_bytes`; one that is wholly free belongs to whoever needs it next, and is cut anew with
+its pages.
 
 Placement: each size keeps a stack of its extents that have room, and allocates from the top. An extent that was full
 goes on top when a slot of it is freed; one that has become empty goes to the bottom. So the fuller ones fill up, the
@@ -20,10 +21,11 @@ give it back, as a plain `acquire()` does.
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.errors import InputError
-from kvpool.tiers.extents import INDEX_MASK, SLOT_BITS, Bytes, Extent, huge_pages_allowed, touch
+from kvpool.tiers.extents import INDEX_MASK, SLOT_BITS, Bytes, Extent, ExtentMemory, HostSource, PageLock, View
 
 MAX_EXTENT_BYTES = 64 << 20
 EXTENTS_PER_CAPACITY = 64
@@ -59,15 +61,17 @@ class SlabStats:
         return 1 - self.stranded_bytes / self.capacity_bytes if self.capacity_bytes else 1.0
 
 
-class Slab:
-    """Slots of any number of sizes, within `capacity_bytes`.
+class SlabOf(Generic[View]):
+    """Slots of any number of sizes, within `capacity_bytes`, of the memory that `source` gives, seen as `View`.
 
-    `extent_bytes` is by default 1/64 of the capacity, at most 64 MiB; a larger slot is an extent of its own.
-    `huge_pages` asks for 2 MiB pages where the kernel allows that.
+    `source` returns the memory of one extent, of the length asked for; `OSError` says that there is none to be had: no
+    room. `extent_bytes` is by default 1/64 of the capacity, at most 64 MiB; a larger slot is an extent of its own.
     """
 
-    def __init__(self, capacity_bytes: int, *, extent_bytes: int | None = None, huge_pages: bool = False) -> None:
-        self.huge_pages = huge_pages and huge_pages_allowed()
+    def __init__(
+        self, capacity_bytes: int, source: Callable[[int], ExtentMemory[View]], *, extent_bytes: int | None = None
+    ) -> None:
+        self._source = source
         self._capacity_bytes = _checked_capacity(capacity_bytes)
         self._asked_extent_bytes = extent_bytes
         self._extent_bytes = _extent_bytes(extent_bytes, capacity_bytes)
@@ -75,11 +79,11 @@ class Slab:
         self._prefaulting_bytes = 0  # of these, what nobody can use yet
         self._lock = threading.Lock()
         self._acquired = iter(self._lock.acquire, False)  # endless: each step takes the lock
-        self._owner: dict[int, Extent] = {}  # of each slot in use
-        self._sizes: dict[int, dict[int, Extent]] = {}  # slot size -> number -> extent: all there are
-        self._stacks: dict[int, list[Extent]] = {}  # slot size -> the unclaimed ones that have a free slot
-        self._empty: dict[int, Extent] = {}  # may name some that were allocated from since: see _empties
-        self._claimed: dict[int, dict[int, Extent]] = {}  # by the slot size that needs the room
+        self._owner: dict[int, Extent[View]] = {}  # of each slot in use
+        self._sizes: dict[int, dict[int, Extent[View]]] = {}  # slot size -> number -> extent: all there are
+        self._stacks: dict[int, list[Extent[View]]] = {}  # slot size -> the unclaimed ones that have a free slot
+        self._empty: dict[int, Extent[View]] = {}  # may name some that were allocated from since: see _empties
+        self._claimed: dict[int, dict[int, Extent[View]]] = {}  # by the slot size that needs the room
         self._promised: dict[int, int] = {}  # to each of these sizes: bytes that are not reserved yet
         self._next_number = 1
         self._mapped = 0
@@ -157,17 +161,17 @@ class Slab:
                 if not 1 < len(extent.free) < extent.slots:
                     self._settle(extent)
 
-    def view(self, slot: int) -> Bytes:
-        """Return the slot's bytes: writable uint8, exactly the slot's length, aligned to 4 KiB. Made afresh, in 0.2 us.
+    def view(self, slot: int) -> View:
+        """Return the slot's memory: on the host writable uint8, exactly its length, aligned to 4 KiB, in 0.2 us.
 
         Good for as long as the slot is held: afterwards it shows whatever comes next. Raises `ValueError` when the slot
         is not in use.
         """
         try:
-            rows: Bytes = self._owner[slot].rows[slot & INDEX_MASK]
+            view = self._owner[slot].rows[slot & INDEX_MASK]
         except (KeyError, IndexError):  # IndexError: it was freed, and its extent cut anew, since the line above began
             raise _not_in_use(slot) from None
-        return rows
+        return view
 
     def slot_bytes(self, slot: int) -> int | None:
         """Return the size of a slot in use, None for any other."""
@@ -208,7 +212,7 @@ class Slab:
         What was held back for a size is held back no longer.
         """
         _checked_capacity(capacity_bytes)
-        unmapped: list[Extent] = []
+        unmapped: list[Extent[View]] = []
         with self._lock:
             if self._closed:
                 return []
@@ -226,7 +230,7 @@ class Slab:
         return occupied
 
     def prefault_extent(self, stopped: Callable[[], bool]) -> int:
-        """Map one more extent and touch its pages, for any size to use. Return the bytes touched.
+        """Map one more extent and make it ready, for any size to use. Return the bytes that are: pages touched.
 
         0: the capacity is reached, or `stopped()`, which is asked before each step of some 8 MiB. The extent is
         nobody's until that is done, so a slot in use is never touched. Raises `OSError` when the system is out of
@@ -243,8 +247,8 @@ class Slab:
             number = self._new_number()
         extent = None
         try:
-            extent = Extent(number, nbytes, huge_pages=self.huge_pages)
-            return touch(extent.memory, stopped)
+            extent = Extent(number, self._source(nbytes))
+            return extent.memory.touch(stopped)
         finally:
             self._publish(extent, nbytes)
 
@@ -314,7 +318,7 @@ class Slab:
             claims = sum(len(claimed) for claimed in self._claimed.values())
             _check(claims == sum(extent.claim is not None for extent in extents), "a claimed extent is there")
 
-    def _check_extent(self, extent: Extent) -> None:
+    def _check_extent(self, extent: Extent[View]) -> None:
         free = set(extent.free)
         stacked = extent in self._stacks.get(extent.slot_bytes, [])
         _check(len(free) == len(extent.free), "a slot is free once")
@@ -349,13 +353,13 @@ class Slab:
         self._release_claim(slot_bytes)
         return True
 
-    def _spare_extents(self, slot_bytes: int) -> list[Extent] | None:
+    def _spare_extents(self, slot_bytes: int) -> list[Extent[View]] | None:
         """Empty extents that make room for a slot, together with what is not reserved yet; None when they do not.
 
         One is taken even where memory could be mapped, for its pages are there.
         """
         room = self._room(slot_bytes)
-        spare: list[Extent] = []
+        spare: list[Extent[View]] = []
         held_back = [extent for extent in self._claimed.get(slot_bytes, {}).values() if extent.is_empty]
         for extent in held_back + self._empties():
             spare.append(extent)
@@ -369,7 +373,7 @@ class Slab:
         promised = sum(nbytes for size, nbytes in self._promised.items() if size != slot_bytes) if self._promised else 0
         return self._capacity_bytes - self._reserved_bytes - promised
 
-    def _recut_extent(self, extent: Extent, slot_bytes: int, slots: int) -> Extent | None:
+    def _recut_extent(self, extent: Extent[View], slot_bytes: int, slots: int) -> Extent[View] | None:
         self._remove(extent)
         self._recut += extent.slots > 0
         extent.cut(self._new_number(), slot_bytes, slots)
@@ -378,17 +382,17 @@ class Slab:
             return self._map_extent(slot_bytes, slots)
         return extent
 
-    def _map_extent(self, slot_bytes: int, slots: int) -> Extent | None:
+    def _map_extent(self, slot_bytes: int, slots: int) -> Extent[View] | None:
         number = self._new_number()
         try:
-            extent = Extent(number, slots * slot_bytes, huge_pages=self.huge_pages)
+            extent = Extent(number, self._source(slots * slot_bytes))
         except OSError:  # the system has no memory to give: as good as no room
             return None
         extent.cut(number, slot_bytes, slots)
         self._mapped += 1
         return extent
 
-    def _publish(self, extent: Extent | None, nbytes: int) -> None:
+    def _publish(self, extent: Extent[View] | None, nbytes: int) -> None:
         """Hand an extent that was prefaulted to everybody; or give its reservation back, if it came to nothing."""
         with self._lock:
             self._prefaulting_bytes -= nbytes
@@ -400,7 +404,7 @@ class Slab:
         if extent is not None:
             extent.unmap()
 
-    def _enter(self, extent: Extent) -> None:
+    def _enter(self, extent: Extent[View]) -> None:
         """File an empty extent, on top of its size's stack."""
         self._reserved_bytes += extent.nbytes
         self._sizes.setdefault(extent.slot_bytes, {})[extent.number] = extent
@@ -408,7 +412,7 @@ class Slab:
         if extent.slots:
             self._stacks.setdefault(extent.slot_bytes, []).append(extent)
 
-    def _remove(self, extent: Extent) -> None:
+    def _remove(self, extent: Extent[View]) -> None:
         """Take an extent out of all lists: it is no longer reserved, though still mapped."""
         self._reserved_bytes -= extent.nbytes
         self._empty.pop(extent.number, None)
@@ -421,7 +425,7 @@ class Slab:
             del self._sizes[extent.slot_bytes]
             self._stacks.pop(extent.slot_bytes, None)
 
-    def _settle(self, extent: Extent) -> None:
+    def _settle(self, extent: Extent[View]) -> None:
         """Put an extent where it belongs, after a slot was freed that left it with one free slot, or with all."""
         if extent.claim is not None:
             if extent.claim == _RETIRED and extent.is_empty:
@@ -439,7 +443,7 @@ class Slab:
         if self._claimed:
             self._release_claim(extent.slot_bytes)
 
-    def _unstack(self, extent: Extent) -> None:
+    def _unstack(self, extent: Extent[View]) -> None:
         stack = self._stacks.get(extent.slot_bytes, [])
         if extent in stack:
             stack.remove(extent)
@@ -454,7 +458,7 @@ class Slab:
         self._promised[slot_bytes] = max(0, unreserved)  # counted on, as are the empty ones: nothing may move there
         for extent in empties:
             self._claim(extent, slot_bytes)
-        chosen: list[Extent] = []
+        chosen: list[Extent[View]] = []
         while room < slot_bytes:
             cheapest = self._cheapest_extent(slot_bytes, skip, may_evict=may_evict)
             if cheapest is None:
@@ -465,7 +469,7 @@ class Slab:
             room += cheapest.nbytes
         return [slot for extent in chosen for slot in extent.slots_in_use()]
 
-    def _cheapest_extent(self, slot_bytes: int, skip: Collection[int], *, may_evict: bool) -> Extent | None:
+    def _cheapest_extent(self, slot_bytes: int, skip: Collection[int], *, may_evict: bool) -> Extent[View] | None:
         """The extent of another size that costs the fewest bytes to evict, then the fewest to move."""
         costs = [
             cost
@@ -476,7 +480,7 @@ class Slab:
         ]
         return min(costs)[-1] if costs else None
 
-    def _costs(self, size: int, extents: Iterable[Extent]) -> Iterator[tuple[int, int, int, Extent]]:
+    def _costs(self, size: int, extents: Iterable[Extent[View]]) -> Iterator[tuple[int, int, int, Extent[View]]]:
         """What it takes to empty each of these: bytes to evict, bytes to move, its number, itself."""
         free_slots = sum(len(extent.free) for extent in self._stacks[size])
         for claimed in self._claimed.values():  # what moves out of these takes free slots
@@ -486,8 +490,8 @@ class Slab:
                 homeless = max(0, extent.slots - free_slots)  # its slots in use, less the free ones elsewhere
                 yield homeless * size, extent.used_bytes, extent.number, extent
 
-    def _retire_excess(self) -> list[Extent]:
-        retired: list[Extent] = []
+    def _retire_excess(self) -> list[Extent[View]]:
+        retired: list[Extent[View]] = []
         excess = self._excess_bytes()
         for extent in sorted(self._extents(), key=lambda extent: extent.used_bytes):
             if excess <= 0:
@@ -501,13 +505,13 @@ class Slab:
         """Bytes held above the capacity. What is being prefaulted is not kept if that does not fit."""
         return self._reserved_bytes - self._prefaulting_bytes - self._capacity_bytes
 
-    def _claim(self, extent: Extent, claimant: int) -> None:
+    def _claim(self, extent: Extent[View], claimant: int) -> None:
         self._unstack(extent)
         extent.claim = claimant
         self._claimed.setdefault(claimant, {})[extent.number] = extent
         self._empty.pop(extent.number, None)
 
-    def _unclaim(self, extent: Extent, claimant: int) -> None:
+    def _unclaim(self, extent: Extent[View], claimant: int) -> None:
         extent.claim = None
         claimed = self._claimed[claimant]
         del claimed[extent.number]
@@ -524,12 +528,12 @@ class Slab:
             if extent.is_empty:
                 self._empty[extent.number] = extent
 
-    def _empties(self) -> list[Extent]:
+    def _empties(self) -> list[Extent[View]]:
         """The extents that are wholly free and unclaimed, the last emptied first. Forgets the others."""
         self._empty = {number: extent for number, extent in self._empty.items() if extent.is_empty}
         return list(reversed(self._empty.values()))
 
-    def _extents(self) -> list[Extent]:
+    def _extents(self) -> list[Extent[View]]:
         """Every extent, those that are not cut yet too."""
         return [extent for extents in self._sizes.values() for extent in extents.values()]
 
@@ -544,6 +548,22 @@ class Slab:
     def _reject(self, slot: int) -> None:
         if not self._closed:
             raise _not_in_use(slot)
+
+
+class Slab(SlabOf[Bytes]):
+    """Slots of host memory. `huge_pages` asks for 2 MiB pages where the kernel allows that; see `HostSource`."""
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        extent_bytes: int | None = None,
+        huge_pages: bool = False,
+        page_lock: PageLock | None = None,
+    ) -> None:
+        source = HostSource(huge_pages=huge_pages, page_lock=page_lock)
+        super().__init__(capacity_bytes, source, extent_bytes=extent_bytes)
+        self.huge_pages = source.huge_pages
 
 
 def _checked_capacity(capacity_bytes: int) -> int:
