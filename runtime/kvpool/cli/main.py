@@ -103,6 +103,38 @@ def status(
 
 
 @app.command()
+def quota(
+    pool: Annotated[Path, typer.Argument(metavar="POOL.YAML", help="The pool's file: a KVCachePool.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="The model, by its name in the file.")] = None,
+    assigned: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TIER.FIELD=SIZE...", help="ram.guaranteed=2Gi, ssd.limit=500Gi, ssd.limit=none."),
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the model if the file does not have it.")] = False,
+    json: Json = False,
+) -> Action:
+    """Show what models may use of each tier, or change it in the pool's file.
+
+    guaranteed are bytes that no other model can take (gpu, ram, ssd), limit is the most that a model may use (every
+    tier). Sizes are Kubernetes quantities; none takes a field out. Comments, order and layout of the file stay; the
+    whole is checked before anything is written. A kvpool run on the file takes it within two seconds, with no restart;
+    what models use is shown there. On Kubernetes the file is not the truth, the object is: change that, with kubectl
+    apply or kubectl edit kvcachepool.
+
+    \b
+    Examples:
+      kvpool quota pool.yaml
+      kvpool quota pool.yaml llama-8b ram.guaranteed=2Gi ram.limit=8Gi ssd.limit=none
+      kvpool quota pool.yaml qwen-7b ram.limit=4Gi --add
+    """
+    from kvpool.cli import quotas
+
+    if model is None or not (assigned or add):
+        return partial(quotas.show, pool, model, as_json=json)
+    return partial(quotas.edit, pool, model, tuple(assigned or ()), add=add, as_json=json)
+
+
+@app.command()
 def explain(
     model: Annotated[str, typer.Option(metavar="NAME", help="The model's name, as it was registered.")],
     tokens: Annotated[

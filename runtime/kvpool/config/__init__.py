@@ -5,7 +5,7 @@ Reads nothing but the file that it is given, and imports neither torch nor numpy
 
 from kvpool.config.changes import Change, changes, with_live_changes
 from kvpool.config.directory import default_directory
-from kvpool.config.load import dump_config, load_config, load_pool
+from kvpool.config.load import dump_config, load_config, load_pool, parse_config
 from kvpool.config.messages import InvalidFieldsError
 from kvpool.config.resolve import Setting, effective_settings, runtime_config
 from kvpool.config.runtime import (
@@ -53,6 +53,7 @@ __all__ = [
     "effective_settings",
     "load_config",
     "load_pool",
+    "parse_config",
     "runtime_config",
     "with_live_changes",
 ]

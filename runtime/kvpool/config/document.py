@@ -40,7 +40,11 @@ class Document(NamedTuple):
 
 def read_document(file: FilePath) -> Document:
     """Read the one document of a file. Raises `ConfigError`, in one line."""
-    text = _text(file)
+    return parse_document(file, _text(file))
+
+
+def parse_document(file: FilePath, text: str) -> Document:
+    """`read_document` for the text that the file has, or is to have."""
     lines: dict[Path, int] = {}
     content = _json(file, text) if file.suffix == ".json" else _yaml(file, text, lines)
     if content is None:

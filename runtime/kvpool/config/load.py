@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvpool.api.model import Path
 from kvpool.api.pool import API_VERSION, KIND, KVCachePool
-from kvpool.config.document import Document, read_document, yaml_text
+from kvpool.config.document import Document, parse_document, read_document, yaml_text
 from kvpool.config.messages import Complaint, InvalidFieldsError, complaints
 from kvpool.config.resolve import runtime_config
 from kvpool.config.runtime import RuntimeConfig
@@ -24,10 +24,12 @@ def load_config(path: FilePath) -> RuntimeConfig:
     Raises `ConfigError`: one line per thing that is wrong, each with the file, the line, the field's path and what
     would be right.
     """
-    document = read_document(path)
-    if _kind(document) == _RUNTIME_KIND:
-        return _validated(document, RuntimeConfig)
-    return _resolved(document, _pool(document))
+    return _config(read_document(path))
+
+
+def parse_config(path: FilePath, text: str) -> RuntimeConfig:
+    """`load_config` for the text that the file is to have: whether it may be written."""
+    return _config(parse_document(path, text))
 
 
 def dump_config(config: RuntimeConfig) -> str:
@@ -44,6 +46,12 @@ def load_pool(path: FilePath) -> KVCachePool:
     pool = _pool(document)
     _resolved(document, pool)
     return pool
+
+
+def _config(document: Document) -> RuntimeConfig:
+    if _kind(document) == _RUNTIME_KIND:
+        return _validated(document, RuntimeConfig)
+    return _resolved(document, _pool(document))
 
 
 def _kind(document: Document) -> str:

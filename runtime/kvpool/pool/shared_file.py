@@ -1,7 +1,7 @@
 """Keeps which prefixes are shared over a restart: those that were declared, and those whose other branches are gone.
 
-Written when a pool with an ssd tier closes, read when it is opened, and left there: after a crash the marks of the close
-before are taken, for a mark protects a prefix from the policy and does nothing else. Layout, little-endian:
+Written when a pool with an ssd tier closes, read when it is opened, and left there: after a crash the marks of the
+close before are taken, for a mark protects a prefix from the policy and does nothing else. Layout, little-endian:
 
     0     8   magic "kvpool\\0S"           8    4   format version
     12    4   number of marks
