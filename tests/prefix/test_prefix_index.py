@@ -330,7 +330,7 @@ def test_a_moved_record_is_found_in_its_new_segment(index: PrefixIndex, tree: Pr
 def test_a_leased_candidate_is_looked_at_again_only_when_its_lease_ends(index: PrefixIndex, tree: PrefixTree) -> None:
     pins = [store(index, tree, at.to_bytes(4, "little") * 2) for at in range(1000)]
     assert index.evict(RAM, RECORD_BYTES) == []
-    policy = index.candidates[RAM].ordinary
+    policy = index.ledger.accounts[""].candidates[RAM].ordinary
     assert len(policy) == 0
     index.unpin(pins.pop(500))
     assert len(policy) == 1
@@ -419,7 +419,7 @@ def test_common_blocks_counts_whole_equal_blocks(common: int, limit: int) -> Non
 def test_integrity_finds_a_wrong_count(index: PrefixIndex, tree: PrefixTree) -> None:
     stored(index, tree, "ab")
     index.copies[RAM] += 1
-    with pytest.raises(IntegrityError, match="accounts"):
+    with pytest.raises(IntegrityError, match="it counts"):
         check_integrity(index)
 
 

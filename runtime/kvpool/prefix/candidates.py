@@ -33,7 +33,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def next_age(self) -> int | None:
-        """The `last_use`, about, of the one that `take` would return: to choose among several policies. None if none."""
+        """The `last_use`, about, of the one that `take` would return, to choose among several policies; or None."""
         ...
 
     def offered_at(self, candidate: Candidate) -> int | None:
@@ -91,15 +91,23 @@ class Candidates:
             self._unpark(node)
             self.offer(node)
 
-    def take(self) -> Node | None:
-        """Return the node whose last block at this level goes next, no longer on offer; None when none may go."""
+    def next_age(self) -> int | None:
+        """When the node that `take` would return was used, about; None when there is none."""
+        age = self.ordinary.next_age()
+        return self.protected.next_age() if age is None else age
+
+    def take(self, *, spare_protected: bool = False) -> Node | None:
+        """Return the node whose last block at this level goes next, no longer on offer; None when none may go.
+
+        `spare_protected`: nor may those that are protected now.
+        """
         while True:
             protecting = self._protects(self.level)
             if not protecting and (unprotected := self.protected.take()):
                 self.ordinary.offer(*unprotected)
             queue = self.ordinary
             taken = queue.take()
-            if taken is None:
+            if taken is None and not spare_protected:
                 queue = self.protected
                 taken = queue.take()
             if taken is None:

@@ -20,7 +20,8 @@ from itertools import repeat
 from typing import Final, NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey
-from kvpool.prefix.candidates import Candidates, EvictionPolicy
+from kvpool.prefix.accounts import Account, Grant, Ledger, Quotas
+from kvpool.prefix.candidates import EvictionPolicy
 from kvpool.prefix.history import Fate, History, Loss
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NOWHERE, SSD, Node
 from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, common_blocks, count_solid, stripped
@@ -32,7 +33,7 @@ MAX_EDGE_BYTES: Final = 256 << 10
 """An edge is not lengthened beyond so many bytes of token ids, for lengthening and splitting copy them."""
 TREE_BYTES: Final = 2048
 """What a tree takes before it has a block."""
-NODE_BYTES: Final = 360
+NODE_BYTES: Final = 368
 """What a node takes beside its blocks and copies: object, lists, entry in its parent (measured, as all of these)."""
 LEVEL_BYTES: Final = 340
 """What a node takes for having copies in a tier, beside their places: array, entries in the policy and `residents`."""
@@ -104,6 +105,7 @@ class PrefixIndex:
         sharing: SharingRules | None = None,
         history: History | None = None,
         region_of: Mapping[int, Callable[[int], int]] | None = None,
+        bytes_of: Mapping[int, Callable[[int], int]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.lock = threading.Lock()
@@ -127,6 +129,8 @@ class PrefixIndex:
         """Per level that is freed region by region (SSD segments, RAM extents): the region of a place."""
         self.residents: dict[int, dict[int, set[Node]]] = {level: {} for level in self.region_of}
         """Per such level: region -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
+        self._bytes_of = dict(bytes_of or {})
+        """Per level where copies may be encoded: the bytes of the record at a place."""
         self.on_removed: Callable[[int, Sequence[BlockKey]], None] | None = None
         """Told of copies that leave: level and keys, last block first. Called with the lock held, so that nobody can
         enter them again before it knows; it must not wait, nor call the index. None: that costs a slice per block."""
@@ -142,9 +146,8 @@ class PrefixIndex:
         self._clock = clock
         self.uses = 0
         """The clock of ages: how many leases were opened or lengthened."""
-        self.candidates = [
-            Candidates(level, make_policy, protects=self._protects, is_protected=self._is_protected) for level in LEVELS
-        ]
+        self.ledger = Ledger(make_policy, protects=self._protects, is_protected=self._is_protected)
+        """What each model holds and may hold, and what of it may be evicted."""
 
     @property
     def has_graves(self) -> bool:
@@ -219,7 +222,10 @@ class PrefixIndex:
                     depth = most_blocks
                     while node.start >= depth and node.parent is not None:
                         node = node.parent
-                self._hold(node, depth)
+                if self.ledger.guards:
+                    node, depth = self._hold_guarded(node, depth)
+                else:
+                    self._hold(node, depth)
                 if asked:
                     self._count_match(node, depth, asked)
                 return Pin(tree, node, depth)
@@ -256,6 +262,28 @@ class PrefixIndex:
             self._count_lease(target, depth)
             self._let_go(node, pin.depth)
             pin.node, pin.depth, pin.key = target, depth, None
+
+    def charge(self, account: Account, level: int, nbytes: int) -> Grant:
+        """Charge bytes that are about to be allocated at `level`, unless the account may not have them."""
+        with self.lock:
+            return self.ledger.grant(account, level, nbytes)
+
+    def discharge(self, account: Account, level: int, nbytes: int) -> None:
+        """Bytes that were charged were not allocated, or given back without having been entered."""
+        with self.lock:
+            account.in_flight[level] -= nbytes
+
+    def set_quotas(self, quotas: Quotas, capacities: Sequence[int]) -> None:
+        """Replace all quotas; what is above a limit then is for the caller to `evict`.
+
+        Where this is the first guarantee, what is leased is counted, under one hold of the lock.
+        """
+        with self.lock:
+            guarded = self.ledger.guards
+            self.ledger.capacities = list(capacities)
+            self.ledger.set_quotas(quotas)
+            if self.ledger.guards != guarded:
+                self._recount_leased()
 
     def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
         """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained."""
@@ -300,12 +328,20 @@ class PrefixIndex:
     # -- copies --------------------------------------------------------------------------------------------------------
 
     def attach(
-        self, pin: Pin, tokens: bytes, level: int, places: Sequence[int], extras: Extras | None = None
+        self,
+        pin: Pin,
+        tokens: bytes,
+        level: int,
+        places: Sequence[int],
+        extras: Extras | None = None,
+        *,
+        charged: int = 0,
     ) -> list[int]:
         """Enter copies of the blocks of `tokens` that follow the pin, and lengthen the pin over them.
 
         Returns the places that were not taken, for the caller to give back: those of blocks that have a copy at `level`
-        already, or all when the tree was erased meanwhile. At most 32 blocks a call.
+        already, or all when the tree was erased meanwhile. At most 32 blocks a call. `charged` are the bytes for which
+        `charge` was asked before; what was not taken of them is discharged too.
         """
         tree, first = pin.tree, pin.depth
         size = tree.token_bytes
@@ -318,6 +354,7 @@ class PrefixIndex:
             return []
         keys = tree.keys_after(self._last_key(pin), first, run, extras)
         with self.lock:
+            tree.account.in_flight[level] -= charged
             if tree.erased:
                 return list(places)
             node, refused = self._enter(self._settled(pin), first, run, keys, level, places, extras)
@@ -325,9 +362,13 @@ class PrefixIndex:
             pin.key = BlockKey(keys[-KEY_BYTES:])
             return refused
 
-    def fill(self, pin: Pin, first: int, level: int, places: Sequence[int]) -> list[int]:
-        """Enter further copies of pinned blocks, from block `first` on; -1 skips one. Returns those not taken."""
+    def fill(self, pin: Pin, first: int, level: int, places: Sequence[int], *, charged: int = 0) -> list[int]:
+        """Enter further copies of pinned blocks, from block `first` on; -1 skips one. Returns those not taken.
+
+        `charged` as in `attach`.
+        """
         with self.lock:
+            pin.tree.account.in_flight[level] -= charged
             if pin.tree.erased:
                 return [place for place in places if place != NOWHERE]
             refused: list[int] = []
@@ -350,21 +391,39 @@ class PrefixIndex:
                     self._remove(node, depth - node.start, depth - node.start + 1, level, reason, gone)
             return gone
 
-    def evict(self, level: int, wanted_bytes: int, *, loss: Loss = Loss.EVICTED) -> list[Gone]:
+    def evict(self, level: int, wanted_bytes: int, requester: Account | None = None) -> list[Gone]:
         """Take blocks out of `level`, the policy's choice first, until `wanted_bytes` are free or 32 blocks have gone.
 
-        Empty when nothing may go. A block whose last copy goes takes along what lies below it, and that goes first: so
-        a call may return copies of other levels only.
+        Nobody loses what is guaranteed to it, but to the `requester` itself. Empty when nothing may go. A block whose
+        last copy goes takes along what lies below it, and that goes first: so a call may return copies of other levels
+        only.
         """
         with self.lock:
             gone: list[Gone] = []
             freed = 0
             while freed < wanted_bytes and len(gone) < BATCH_BLOCKS:
-                node = self.candidates[level].take()
+                node = self._take_victim(level, requester)
                 if node is None:
                     break
-                freed += self._evict_tail(node, level, wanted_bytes - freed, loss, gone)
-                self.candidates[level].offer(node)
+                account = node.tree.account
+                wanted = wanted_bytes - freed
+                if account is not requester and account.quotas[level].guaranteed:
+                    wanted = min(wanted, account.excess(level))
+                freed += self._evict_tail(node, level, wanted, Loss.EVICTED, gone)
+                account.candidates[level].offer(node)
+            return gone
+
+    def evict_own(self, account: Account, level: int, wanted_bytes: int) -> list[Gone]:
+        """As `evict`, but from one model's blocks alone, for it is at its limit."""
+        with self.lock:
+            gone: list[Gone] = []
+            freed = 0
+            while freed < wanted_bytes and len(gone) < BATCH_BLOCKS:
+                node = account.candidates[level].take()
+                if node is None:
+                    break
+                freed += self._evict_tail(node, level, wanted_bytes - freed, Loss.OVER_QUOTA, gone)
+                account.candidates[level].offer(node)
             return gone
 
     def shrink(self) -> list[Gone]:
@@ -382,7 +441,7 @@ class PrefixIndex:
                 last, leased = node.tail(level), node.leased_to() - node.start
                 first = max(last + 1 - BATCH_BLOCKS + len(gone), node.same_age_from(last), leased)
                 self._remove_blocks(node, first, Loss.INDEX_FULL, gone)
-                self.candidates[level].offer(node)
+                node.tree.account.candidates[level].offer(node)
             return gone
 
     def vacate(self, node: Node, segment: int, *, keep_leased: bool = True) -> tuple[list[Gone], bool]:
@@ -421,9 +480,7 @@ class PrefixIndex:
                     index = places.index(old)
                     if at.start + index < at.leased_to():
                         return False
-                    places[index] = new
-                    self._enter_regions(at, level, [new])
-                    self._leave_regions(at, level, [old])
+                    self._repoint(at, level, index, new)
                     return True
                 at = at.parent
             return False
@@ -453,9 +510,56 @@ class PrefixIndex:
             while not node.shared and node.parent is not None:
                 node = node.parent
             self.shared_hits += min(node.end, depth)
+            node.hits += 1
+
+    def _hold_guarded(self, node: Node, depth: int) -> tuple[Node, int]:
+        """`_hold`, of fewer blocks where more would leave others less to lease than is guaranteed to them."""
+        account = node.tree.account
+        before = list(account.leased)
+        self._hold(node, depth)
+        while depth and (over := self._over_leasable(account, before)):
+            fewer = max(0, depth - -(-over // node.tree.record_bytes))
+            target = node
+            while target.start >= fewer and target.parent is not None:
+                target = target.parent
+            self._count_lease(target, fewer)
+            self._let_go(node, depth)
+            node, depth = target, fewer
+        return node, depth
+
+    def _over_leasable(self, account: Account, before: Sequence[int]) -> int:
+        """By how many bytes the account's leases are too large, at a level at which they have grown."""
+        grown = [level for level in LEVELS if account.leased[level] > before[level]]
+        return max((self.ledger.overdraft(account, level) for level in grown), default=0)
+
+    def _note_leased(self, node: Node, depth: int) -> None:
+        """Before a lease is counted that ends at `depth` in `node`: count the bytes that only it holds."""
+        self._count_leased(node, node.leased_to() - node.start, depth - node.start)
+        above = node.parent
+        while above is not None and not above.refs:
+            self._count_leased(above, above.leased_to() - above.start, above.blocks)
+            above = above.parent
+
+    def _count_leased(self, node: Node, first: int, until: int, sign: int = 1) -> None:
+        """Blocks `first` to before `until` of an edge become leased, or cease to be."""
+        for level in LEVELS:
+            places = node.places[level]
+            if places is not None and first < until and first < len(places):
+                leased = node.tree.account.leased
+                leased[level] += sign * self._size(node.tree, level, places[first:until])
+
+    def _recount_leased(self) -> None:
+        for account in self.ledger.accounts.values():
+            account.leased = [0, 0, 0]
+        if self.ledger.guards:
+            for tree in (*self.trees.values(), *self.buried_trees()):
+                for node in tree.nodes():
+                    self._count_leased(node, 0, node.leased_to() - node.start)
 
     def _hold(self, node: Node, depth: int) -> None:
         """Count a lease that ends at `depth` in `node`, and date all that it covers."""
+        if self.ledger.guards:
+            self._note_leased(node, depth)
         self.uses = now = self.uses + 1
         if depth == node.end:
             node.last_use = now
@@ -472,8 +576,9 @@ class PrefixIndex:
             above.last_use = now
             above = above.parent
 
-    @staticmethod
-    def _count_lease(node: Node, depth: int) -> None:
+    def _count_lease(self, node: Node, depth: int) -> None:
+        if self.ledger.guards:
+            self._note_leased(node, depth)
         if node.ends is None:
             node.ends = {}
         node.ends[depth] = node.ends.get(depth, 0) + 1
@@ -485,6 +590,8 @@ class PrefixIndex:
     def _let_go(self, node: Node, depth: int) -> None:
         ends = node.ends
         assert ends is not None
+        guards = self.ledger.guards
+        leased_to = node.leased_to() if guards else 0
         leases = ends[depth]
         if leases > 1:
             ends[depth] = leases - 1
@@ -492,13 +599,18 @@ class PrefixIndex:
             del ends[depth]
         else:
             node.ends = None
+        if guards:
+            self._count_leased(node, node.leased_to() - node.start, leased_to - node.start, -1)
         if node.parked:
             self._offer_parked(node)
         above = node.parent
         while above is not None:
             above.refs = refs = above.refs - 1
-            if not refs and above.parked:
-                self._offer_parked(above)
+            if not refs:
+                if guards:
+                    self._count_leased(above, above.leased_to() - above.start, above.blocks, -1)
+                if above.parked:
+                    self._offer_parked(above)
             above = above.parent
         if not node.whole or node.parent is None:
             self._prune(node)
@@ -530,8 +642,9 @@ class PrefixIndex:
                 pin.key = pin.tree.key_before(self._settled(pin), pin.depth)
         return pin.key
 
-    def _offer_parked(self, node: Node) -> None:
-        for candidates in self.candidates:
+    @staticmethod
+    def _offer_parked(node: Node) -> None:
+        for candidates in node.tree.account.candidates:
             candidates.release(node)
 
     # -- inside, with the lock held: entering --------------------------------------------------------------------------
@@ -601,7 +714,7 @@ class PrefixIndex:
             if moved is not None:
                 self._enter_regions(upper, level, moved)
                 self._leave_regions(node, level, moved)
-        for candidates in self.candidates:
+        for candidates in node.tree.account.candidates:
             if not node.places[candidates.level]:
                 candidates.withdraw(node)
             candidates.release(node)
@@ -619,6 +732,9 @@ class PrefixIndex:
             known = node.places[level] = array("q")
         refused: list[int] = []
         end = index + len(places)
+        leased = node.leased_to() - node.start if self.ledger.guards else 0
+        if leased > index:
+            self._count_leased(node, index, min(end, leased), -1)
         if len(known) <= index:
             if len(known) < index:
                 known.extend(repeat(NOWHERE, index - len(known)))
@@ -626,7 +742,9 @@ class PrefixIndex:
             taken = places
         else:
             taken, refused = _fill_gaps(known, index, places)
-        self._count(node, level, len(taken))
+        self._count(node, level, taken)
+        if leased > index:
+            self._count_leased(node, index, min(end, leased))
         if taken and level in self.region_of:
             self._enter_regions(node, level, taken)
         if not node.whole and index <= node.solid < end:
@@ -634,10 +752,11 @@ class PrefixIndex:
             node.whole = node.solid == node.blocks
         for at in begun:
             self._carry_begun(node, at)
+        candidates = node.tree.account.candidates[level]
         if node.heads is None:
-            self.candidates[level].offer(node)
+            candidates.offer(node)
         else:
-            self.candidates[level].offer_deeper(node)
+            candidates.offer_deeper(node)
         return refused
 
     def _mark_shared(self, node: Node) -> None:
@@ -646,7 +765,7 @@ class PrefixIndex:
             for level in LEVELS:
                 places = node.places[level]
                 if places is not None:
-                    self.shared_bytes[level] += (len(places) - places.count(NOWHERE)) * node.tree.record_bytes
+                    self.shared_bytes[level] += self._size(node.tree, level, places)
             node = node.parent
 
     # -- inside, with the lock held: removing --------------------------------------------------------------------------
@@ -657,25 +776,29 @@ class PrefixIndex:
         if places is None or first >= len(places):
             return
         taken = places[first:until]
+        leased = node.leased_to() - node.start if self.ledger.guards else 0
+        if leased > first:
+            self._count_leased(node, first, min(until, leased), -1)
         if until >= len(places):
             del places[first:]
             node.places[level] = stripped(places)
         else:
             places[first:until] = array("q", [NOWHERE]) * len(taken)
-        record_bytes = node.tree.record_bytes
+        if leased > first:
+            self._count_leased(node, first, min(until, leased))
+        bytes_of = self._record_bytes_of(node.tree, level)
         if NOWHERE not in taken and node.held_to() <= first and self.on_removed is None:
             lost: Sequence[int] = range(first, first + len(taken))
-            gone += map(_gone, zip(repeat(level), taken[::-1], repeat(record_bytes), repeat(True)))
-            found = len(taken)
+            leaving = taken[::-1]
+            gone += map(_gone, zip(repeat(level), leaving, map(bytes_of, leaving), repeat(True)))
         else:
             here = [(at, place) for at, place in enumerate(taken, first) if place != NOWHERE]
             lost = [at for at, _ in here if not node.has_copy(at)]
             lasts = set(lost)
-            gone += [Gone(level, place, record_bytes, at in lasts) for at, place in reversed(here)]
-            found = len(here)
+            gone += [Gone(level, place, bytes_of(place), at in lasts) for at, place in reversed(here)]
             if self.on_removed is not None and here:
                 self.on_removed(level, [_key_at(node, at) for at, _ in reversed(here)])
-        self._count(node, level, -found)
+        self._count(node, level, taken, -1)
         if level in self.region_of:
             self._leave_regions(node, level, taken)
         if level == SSD:
@@ -688,7 +811,7 @@ class PrefixIndex:
                 if not node.holds(at):
                     self._carry_ceased(node, at)
         for slower in LEVELS[level + 1 :]:
-            self.candidates[slower].offer(node)
+            node.tree.account.candidates[slower].offer(node)
         if lost:
             self._note_loss(node, lost, level, loss)
             node.solid = min(node.solid, lost[0])
@@ -701,10 +824,25 @@ class PrefixIndex:
         for level in LEVELS:
             self._remove(node, first, until, level, loss, gone)
 
+    def _take_victim(self, level: int, requester: Account | None) -> Node | None:
+        """Who goes next: protected blocks after all others, whosever they are."""
+        victims = self.ledger.victims(level, requester)
+        for spare_protected in (True, False):
+            for account in victims:
+                node = account.candidates[level].take(spare_protected=spare_protected)
+                if node is not None:
+                    return node
+        return None
+
     def _take_slowest(self) -> tuple[Node, int] | None:
+        """Of the slowest level where something may go; what is guaranteed to somebody goes after all else."""
         for level in reversed(LEVELS):
-            if (node := self.candidates[level].take()) is not None:
+            if (node := self._take_victim(level, None)) is not None:
                 return node, level
+        for level in reversed(LEVELS):
+            for account in self.ledger.accounts.values():
+                if (node := account.candidates[level].take()) is not None:
+                    return node, level
         return None
 
     def _evict_tail(self, node: Node, level: int, wanted_bytes: int, loss: Loss, gone: list[Gone]) -> int:
@@ -714,14 +852,17 @@ class PrefixIndex:
         if not _has_other_copy(node, last, level) and (node.children or node.held_to() > last + 1):
             self._remove_deepest(node, last, room, gone)
             return 0
-        record_bytes = node.tree.record_bytes
+        places = node.places[level]
+        assert places is not None
+        record_bytes = self._record_bytes_of(node.tree, level)(places[last])
         excess = self.shared_bytes[level] - self.sharing.max_shared_bytes
         if self.sharing.protect and excess > 0 and self._is_protected(node):
             wanted_bytes = min(wanted_bytes, excess)
         most = min(room, -(-wanted_bytes // record_bytes))
         first = self._first_of_tail(node, last, level, most)
+        before = len(gone)
         self._remove(node, first, last + 1, level, loss, gone)
-        return (last + 1 - first) * record_bytes
+        return sum(copy.record_bytes for copy in gone[before:])
 
     @staticmethod
     def _first_of_tail(node: Node, last: int, level: int, most: int) -> int:
@@ -787,7 +928,7 @@ class PrefixIndex:
                     node.tree.cut(node, kept)
                 return
             self._forget_blocks(node, 0)
-            for candidates in self.candidates:
+            for candidates in node.tree.account.candidates:
                 candidates.withdraw(node)
             node.tree.remove_child(node)
             node = node.parent
@@ -808,6 +949,7 @@ class PrefixIndex:
         if known is not None:
             return known
         self.trees[tree.id] = tree
+        tree.account = self.ledger.account(tree.model)
         tree.gone = False
         self.bytes += TREE_BYTES
         return tree
@@ -817,6 +959,36 @@ class PrefixIndex:
         if self.trees.get(tree.id) is tree:
             del self.trees[tree.id]
             self.bytes -= TREE_BYTES
+
+    def _record_bytes_of(self, tree: PrefixTree, level: int) -> Callable[[int], int]:
+        """What tells how long the records of a tree at a level are, by their places."""
+        if tree.encoded and level in self._bytes_of:
+            return self._bytes_of[level]
+        record_bytes = tree.record_bytes
+        return lambda place: record_bytes
+
+    def _size(self, tree: PrefixTree, level: int, places: Sequence[int]) -> int:
+        """Bytes of the records at these places."""
+        if tree.encoded and level in self._bytes_of:
+            bytes_of = self._bytes_of[level]
+            return sum(bytes_of(place) for place in places if place != NOWHERE)
+        return (len(places) - places.count(NOWHERE)) * tree.record_bytes
+
+    def size(self, node: Node, level: int, blocks: int | None = None) -> int:
+        """Bytes of the copies at `level` of an edge's first blocks, or of all. Call with the lock held."""
+        return self._size(node.tree, level, (node.places[level] or ())[:blocks])
+
+    def _repoint(self, node: Node, level: int, index: int, place: int) -> None:
+        """Let an unleased block lie at another place of its level, maybe in another length."""
+        places = node.places[level]
+        assert places is not None
+        old, new = places[index : index + 1], array("q", [place])
+        places[index] = place
+        if node.tree.encoded:
+            self._count(node, level, new)
+            self._count(node, level, old, -1)
+        self._enter_regions(node, level, new)
+        self._leave_regions(node, level, old)
 
     @staticmethod
     def _carry_begun(node: Node, level: int) -> None:
@@ -838,16 +1010,21 @@ class PrefixIndex:
             parent.below[level] -= 1
             if parent.below[level]:
                 return
-            self.candidates[level].offer(parent)
+            parent.tree.account.candidates[level].offer(parent)
             if parent.holds(level):
                 return
             parent = parent.parent
 
-    def _count(self, node: Node, level: int, change: int) -> None:
-        nbytes = change * node.tree.record_bytes
-        self.bytes += change * PLACE_BYTES
-        self.copies[level] += change
+    def _count(self, node: Node, level: int, places: Sequence[int], sign: int = 1) -> None:
+        """Copies at these places came, or went."""
+        account = node.tree.account
+        copies = sign * (len(places) - places.count(NOWHERE))
+        nbytes = sign * self._size(node.tree, level, places)
+        self.bytes += copies * PLACE_BYTES
+        self.copies[level] += copies
         self.copy_bytes[level] += nbytes
+        account.copies[level] += copies
+        account.bytes[level] += nbytes
         if node.shared:
             self.shared_bytes[level] += nbytes
 

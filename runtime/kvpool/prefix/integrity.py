@@ -7,9 +7,11 @@ of it: never in a serving path.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvpool.blocks.identity import KEY_BYTES
+from kvpool.prefix.accounts import Account
+from kvpool.prefix.candidates import Candidates
 from kvpool.prefix.index import PLACE_BYTES, TREE_BYTES, Pin, PrefixIndex, node_bytes
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, Node
 from kvpool.prefix.tree import PrefixTree, count_solid
@@ -33,7 +35,8 @@ def check_integrity(index: PrefixIndex, pins: Iterable[Pin] | None = None) -> No
     - eviction: a node is on offer exactly once if its last block may go, at an age not later than its own; what the
       policies hold are nodes of a tree;
     - sharing: the ancestors of a shared node are shared;
-    - accounts: blocks, bytes, copies, their bytes and the shared ones are what a recount gives.
+    - accounts: blocks, bytes, copies, their bytes, the shared and the leased ones, of all and of each model, are what a
+      recount gives.
     """
     with index.lock:
         open_pins = None if pins is None else list(pins)
@@ -49,7 +52,7 @@ def check_integrity(index: PrefixIndex, pins: Iterable[Pin] | None = None) -> No
         _check_residents(index, nodes)
         _check_leases(trees, nodes, open_pins)
         _check_candidates(index, nodes)
-        _check_accounts(index, nodes)
+        _check_counts(index, nodes)
 
 
 def _require(holds: bool, what: str, node: object = None) -> None:
@@ -174,42 +177,67 @@ def _check_leases(trees: list[PrefixTree], nodes: list[Node], pins: list[Pin] | 
 
 
 def _check_candidates(index: PrefixIndex, nodes: list[Node]) -> None:
-    for candidates in index.candidates:
-        level, bit = candidates.level, 1 << candidates.level
-        offered = [node for node in nodes if node.offered & bit]
-        held = len(candidates.ordinary) + len(candidates.protected)
-        _require(len(offered) == held, f"policies of level {level} hold {held} nodes, {len(offered)} know of it")
-        parked = sum(1 for node in nodes if node.parked & bit)
-        _require(parked == candidates.parked, f"{candidates.parked} nodes are parked at level {level}, not {parked}")
-        for node in nodes:
-            _require(not (node.offered & node.parked & bit), "no node is parked and on offer", node)
-            if node.parked & bit:
-                _require(node.leased_to() > node.start, "a parked node is leased", node)
-            tail = node.tail(level)
-            if tail != NOWHERE:
-                _require(bool(node.offered & bit), f"what may leave level {level} is on offer", node)
-            if node.offered & bit and tail != NOWHERE:
-                offers = (candidates.ordinary.offered_at(node), candidates.protected.offered_at(node))
-                ages = [age for age in offers if age is not None]
-                _require(len(ages) == 1, "a node is on offer once", node)
-                _require(ages[0] <= node.used_at(tail), "a node is not on offer as younger than it is", node)
+    for account in index.ledger.accounts.values():
+        for candidates in account.candidates:
+            _check_offers(candidates, [node for node in nodes if node.tree.account is account])
 
 
-def _check_accounts(index: PrefixIndex, nodes: list[Node]) -> None:
-    copies, copy_bytes, shared_bytes = [0, 0, 0], [0, 0, 0], [0, 0, 0]
+def _check_offers(candidates: Candidates, nodes: list[Node]) -> None:
+    level, bit = candidates.level, 1 << candidates.level
+    offered = [node for node in nodes if node.offered & bit]
+    held = len(candidates.ordinary) + len(candidates.protected)
+    _require(len(offered) == held, f"policies of level {level} hold {held} nodes, {len(offered)} know of it")
+    parked = sum(1 for node in nodes if node.parked & bit)
+    _require(parked == candidates.parked, f"{candidates.parked} nodes are parked at level {level}, not {parked}")
+    for node in nodes:
+        _require(not (node.offered & node.parked & bit), "no node is parked and on offer", node)
+        if node.parked & bit:
+            _require(node.leased_to() > node.start, "a parked node is leased", node)
+        tail = node.tail(level)
+        if tail != NOWHERE:
+            _require(bool(node.offered & bit), f"what may leave level {level} is on offer", node)
+        if node.offered & bit and tail != NOWHERE:
+            offers = (candidates.ordinary.offered_at(node), candidates.protected.offered_at(node))
+            ages = [age for age in offers if age is not None]
+            _require(len(ages) == 1, "a node is on offer once", node)
+            _require(ages[0] <= node.used_at(tail), "a node is not on offer as younger than it is", node)
+
+
+def _check_counts(index: PrefixIndex, nodes: list[Node]) -> None:
+    shared_bytes = [0, 0, 0]
     for node in nodes:
         for level in LEVELS:
-            held = sum(place != NOWHERE for place in node.places[level] or ())
-            copies[level] += held
-            copy_bytes[level] += held * node.tree.record_bytes
-            shared_bytes[level] += held * node.tree.record_bytes * node.shared
+            shared_bytes[level] += node.shared * index.size(node, level)
+    totals = [_recount(index, account, nodes) for account in index.ledger.accounts.values()]
+    copies = [sum(total["copies"][level] for total in totals) for level in LEVELS]
     structure = TREE_BYTES * len(index.trees) + sum(node_bytes(node) for node in nodes)
-    expected = {
-        "blocks": sum(node.blocks for node in nodes),
-        "bytes": structure + PLACE_BYTES * sum(copies),
-        "copies": copies,
-        "copy_bytes": copy_bytes,
-        "shared_bytes": shared_bytes,
-    }
-    actual = {name: getattr(index, name) for name in expected}
-    _require(actual == expected, f"accounts are {actual}, a recount gives {expected}")
+    _require_same(
+        index,
+        "index",
+        {
+            "blocks": sum(node.blocks for node in nodes),
+            "bytes": structure + PLACE_BYTES * sum(copies),
+            "copies": copies,
+            "copy_bytes": [sum(total["bytes"][level] for total in totals) for level in LEVELS],
+            "shared_bytes": shared_bytes,
+        },
+    )
+
+
+def _recount(index: PrefixIndex, account: Account, nodes: list[Node]) -> dict[str, list[int]]:
+    """What one model holds; its account must say the same."""
+    counts = {"copies": [0, 0, 0], "bytes": [0, 0, 0], "leased": [0, 0, 0]}
+    for node in (node for node in nodes if node.tree.account is account):
+        for level in LEVELS:
+            counts["copies"][level] += sum(place != NOWHERE for place in node.places[level] or ())
+            counts["bytes"][level] += index.size(node, level)
+            if index.ledger.guards:
+                counts["leased"][level] += index.size(node, level, node.leased_to() - node.start)
+    _require_same(account, f"account of {account.name!r}", counts)
+    _require(min(account.in_flight) >= 0, f"more of {account.name!r} was entered than charged", account.in_flight)
+    return counts
+
+
+def _require_same(holder: object, name: str, expected: Mapping[str, object]) -> None:
+    actual = {field: getattr(holder, field) for field in expected}
+    _require(actual == expected, f"{name}: it counts {actual}, a recount gives {expected}")

@@ -34,19 +34,19 @@ def hold(index: PrefixIndex, level: int, place: int) -> Held | None:
     return None
 
 
-def settle(index: PrefixIndex, held: Held, place: int) -> bool:
-    """End the lease and point the block to `place`; False, and it stays, where somebody else has leased it."""
+def settle(index: PrefixIndex, held: Held, place: int, *, charged: int = 0) -> bool:
+    """End the lease and point the block to `place`; False, and it stays, where somebody else has leased it.
+
+    `charged` are the bytes that `place` was charged with before; they are not any more, whatever comes of it.
+    """
     with index.lock:
+        held.pin.tree.account.in_flight[held.level] -= charged
         node = index._settled(held.pin)
         at = held.pin.depth - 1 - node.start
         index._let_go(node, held.pin.depth)
         if node.place(at, held.level) != held.place or node.start + at < node.leased_to():
             return False
-        places = node.places[held.level]
-        assert places is not None
-        places[at] = place
-        index._enter_regions(node, held.level, [place])
-        index._leave_regions(node, held.level, [held.place])
+        index._repoint(node, held.level, at, place)
         return True
 
 

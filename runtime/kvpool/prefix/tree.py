@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, Fingerprint, KeyChain, TenantDigest
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, ChildKey, Node
+
+if TYPE_CHECKING:
+    from kvpool.prefix.accounts import Account
 
 Extras = Mapping[int, bytes]
 
@@ -28,12 +31,20 @@ class TreeId(NamedTuple):
 class PrefixTree:
     """Structure of one tree. Not thread-safe: the index holds its lock around every call."""
 
-    def __init__(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int, chain: KeyChain) -> None:
+    def __init__(
+        self, tree_id: TreeId, *, token_bytes: int, record_bytes: int, chain: KeyChain, model: str = ""
+    ) -> None:
         self.id = tree_id
+        self.model = model
+        """The model's name: whose account its copies are charged to."""
+        self.account: Account
+        """That account, from when an index enters the tree."""
         self.token_bytes = token_bytes
         """Bytes of one block's token ids."""
         self.record_bytes = record_bytes
-        """Bytes of one block's record."""
+        """Bytes of one block's record as it is stored first, not encoded."""
+        self.encoded = False
+        """Whether some copies may be encoded, and so shorter than `record_bytes`."""
         self.chain = chain
         self.root = Node(self, None, b"", b"", b"", 0, 0)
         self.root.whole = True
