@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 
-import pytest
-
 from tests.prefix.small import make_index, make_tree, stored, tokens
 
 
@@ -30,9 +28,13 @@ def test_an_interrupt_in_a_match_leaves_the_lock_free() -> None:
     before = signal.signal(signal.SIGALRM, _interrupt)
     try:
         for attempt in range(300):
-            signal.setitimer(signal.ITIMER_REAL, 0.0002 + attempt * 1e-6)
-            with pytest.raises(InterruptionError):
+            interrupted = False
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 + attempt * 1e-6)
                 match_for_ever()
+            except InterruptionError:  # nothing stands between the timer and here, where a slow machine would raise it
+                interrupted = True
+            assert interrupted
             assert not index.lock.locked()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
