@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpool.cli.ending import told_by
 from kvpool.cli.exits import ExitCode
 from tests.cli.command import COMMAND, kvpool, started
 
@@ -87,3 +88,22 @@ def read_until(terminal: int, wanted: bytes) -> bytes:
     while wanted not in shown:
         shown += os.read(terminal, 65_536)
     return shown
+
+
+def test_a_signal_at_any_instant_of_a_wait_ends_it() -> None:
+    for number in range(2_000):
+        with told_by([signal.SIGALRM]) as ending:
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 50))
+            assert ending.wait(60)
+
+
+def test_other_signals_end_no_wait() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: None)
+    try:
+        with told_by([signal.SIGALRM]) as ending:
+            signal.raise_signal(signal.SIGUSR1)
+            assert not ending.wait(0)
+            signal.raise_signal(signal.SIGALRM)
+            assert ending.wait(60)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -71,6 +71,8 @@ def run(
 
     On a terminal the picture is live; in a pipe, a line is printed every few seconds. Ctrl-C or SIGTERM closes the
     pool: what is in ram is written to ssd first, for at most 30 seconds. A second Ctrl-C does not wait for that.
+    A change of the file is in force within two seconds: quotas, capacities, sharing, budgets, log level. What needs a
+    restart is said; a file that is wrong is said too, and changes nothing.
 
     \b
     Examples:

@@ -70,7 +70,7 @@ class PoolFile:
 
     def _refuse_if_changed(self) -> None:
         try:
-            now = os.stat(self._path) if self._named.resolve(strict=True) == self._path else None
+            now = self._path.stat() if self._named.resolve(strict=True) == self._path else None
         except FileNotFoundError:
             now = None
         if now is None or _state(now) != _state(self._before):

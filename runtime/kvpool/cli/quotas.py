@@ -121,7 +121,7 @@ def _editable(file: Path, text: str) -> dict[str, Any]:
         raise ConfigError(f"{file} is JSON; only YAML is edited here: edit it by hand, kvpool run takes that too")
     content = parse_document(file, text).content
     if content.get("kind") != KIND:
-        raise ConfigError(f"{file}: kind is {content.get('kind')!r}; quotas are edited in the {KIND} that it comes from")
+        raise ConfigError(f"{file}: kind is {content.get('kind')!r}; edit the {KIND} that it comes from")
     return content
 
 
@@ -132,9 +132,7 @@ def _names(content: Mapping[str, Any]) -> list[object]:
     return [model.get("name") if isinstance(model, dict) else None for model in models or ()]
 
 
-def _with_model(
-    file: Path, text: str, content: dict[str, Any], model: str, assignments: Sequence[Assignment]
-) -> str:
+def _with_model(file: Path, text: str, content: dict[str, Any], model: str, assignments: Sequence[Assignment]) -> str:
     added: dict[str, Any] = {"name": model}
     for tier, field, value in assignments:
         _assign(added, tier, field, value)

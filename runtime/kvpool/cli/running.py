@@ -3,20 +3,18 @@
 import logging
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.logging import RichHandler
 
+from kvpool.cli.ending import Ending, told_by
 from kvpool.cli.output import print_json
 from kvpool.cli.picture import line, screen
+from kvpool.cli.watching import FileWatch, state_of, watching
 from kvpool.config import load_config
 from kvpool.pool.pool import CLOSE_DEADLINE_S, Pool
 from kvpool.pool.stats import PoolStats
@@ -25,13 +23,17 @@ LIVE_S = 0.5
 
 
 def run(config: Path, *, directory: Path | None, every_s: float, as_json: bool) -> None:
-    """Open the pool, show it until SIGINT or SIGTERM, close it. Raises as `Pool.open` does."""
+    """Open the pool, show it until SIGINT or SIGTERM, close it; take over what is changed in the file meanwhile.
+
+    Raises as `Pool.open` does.
+    """
+    watch = FileWatch(config, state_of(config))
     resolved = load_config(config)
     out = Console(highlight=False, soft_wrap=True)
     live = out.is_terminal and not as_json
     _log_to(out if live else None, resolved.telemetry.log_level.upper())
     with Pool.open(resolved, directory=directory) as pool:
-        with _told_to_end() as ended:
+        with told_by((signal.SIGINT, signal.SIGTERM)) as ended, watching(pool, watch):
             if live:
                 _show(pool, ended, out)
             else:
@@ -50,7 +52,7 @@ def as_object(stats: PoolStats) -> dict[str, object]:
     }
 
 
-def _show(pool: Pool, ended: threading.Event, out: Console) -> None:
+def _show(pool: Pool, ended: Ending, out: Console) -> None:
     opened_s = time.monotonic()
 
     def picture() -> RenderableType:
@@ -62,7 +64,7 @@ def _show(pool: Pool, ended: threading.Event, out: Console) -> None:
         live.update(picture(), refresh=True)
 
 
-def _print_every(pool: Pool, ended: threading.Event, every_s: float, *, as_json: bool) -> None:
+def _print_every(pool: Pool, ended: Ending, every_s: float, *, as_json: bool) -> None:
     if not as_json:
         print(f"pool {pool.config.name} is open in {pool.directory}", flush=True)
     while True:
@@ -73,22 +75,6 @@ def _print_every(pool: Pool, ended: threading.Event, every_s: float, *, as_json:
             print(line(stats), flush=True)
         if ended.wait(every_s):
             return
-
-
-@contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
-    """Within it, SIGINT and SIGTERM set the event and do nothing else."""
-    ended = threading.Event()
-
-    def tell(signum: int, frame: FrameType | None) -> None:
-        ended.set()
-
-    before = {signum: signal.signal(signum, tell) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield ended
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _log_to(out: Console | None, level: str) -> None:

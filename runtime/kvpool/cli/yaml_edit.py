@@ -6,7 +6,7 @@ What was meant is not checked here: whoever calls reads the new text and compare
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
+            event: Any = self.get_event()  # type: ignore[no-untyped-call]
             return yaml.ScalarNode(_ALIAS, event.anchor, event.start_mark, event.end_mark)
         return super().compose_node(parent, index)
 
@@ -38,7 +38,7 @@ class _Found(NamedTuple):
 def put(text: str, path: Path, value: object) -> str:
     """Give the field at `path` a value; sections on the way that are missing are made.
 
-    An index beyond the end of a list appends to it. Raises `ConfigError` where what is there cannot be changed in place.
+    An index beyond the end of a list appends to it. Raises `ConfigError` where what is there cannot be changed.
     """
     node, missing = _find(text, path)
     if not missing or _is_empty(node):
