@@ -13,7 +13,10 @@ from typing import NamedTuple
 from kvpool.bench.row import Row
 from kvpool.errors import ConfigError
 
-AREAS: Mapping[str, str] = {"engine": "kvpool.bench.engine"}
+AREAS: Mapping[str, str] = {
+    "engine": "kvpool.bench.engine",
+    "quality": "kvpool.bench.quality",
+}
 """Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""
 DEFAULT_AREA = "engine"
 
