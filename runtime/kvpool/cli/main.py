@@ -203,7 +203,7 @@ def replay(
 
 @app.command()
 def bench(
-    area: Annotated[str, typer.Argument(metavar="AREA", help="What to measure: engine.")] = "engine",
+    area: Annotated[str, typer.Argument(metavar="AREA", help="What to measure: engine, quality.")] = "engine",
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A benchmark, or a row of one. May be given several times.")
     ] = None,
@@ -237,6 +237,7 @@ def bench(
       kvpool bench
       kvpool bench --only match --only ssd.cold-load
       kvpool bench engine --trace conversation.jsonl.gz --json > figures.jsonl
+      kvpool bench quality --only float32
     """
     from kvpool.cli import benching
 
