@@ -49,6 +49,8 @@ def kvpool(context: typer.Context) -> None:
     Examples:
       kvpool status --config examples/laptop.yaml    what is in force, and where each value comes from
       kvpool run examples/laptop.yaml                open that pool on this machine, and show it live
+      kvpool quota pool.yaml llama-8b ram.limit=8Gi  what a model may use, while the pool runs
+      kvpool warm pool.yaml prompts.jsonl --shared   store prompts before anybody asks
       kvpool explain --pool pool.yaml --model llama-8b --tokens prompt.json
       kvpool replay trace.jsonl.gz --capacity-blocks 2k,10k,50k
       kvpool bench                                   measure this machine
@@ -165,6 +167,62 @@ def explain(
     return partial(
         explaining.explain, pool, directory=directory, model=model, tenant=tenant, tokens=tokens, as_json=json
     )
+
+
+@app.command()
+def warm(
+    pool: Annotated[Path, typer.Argument(metavar="POOL.YAML", help="A KVCachePool, or a RuntimeConfig; with ssd.")],
+    prompts: Annotated[
+        str,
+        typer.Argument(metavar="PROMPTS", help="JSON lines, or plain text. - is standard input.", show_default=False),
+    ],
+    directory: Directory = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_NAME", help="A transformers model on this machine. Default: SmolLM2-135M-Instruct."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name in the pool. Default: as it calls itself.")
+    ] = None,
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose prompts they are.")] = "default",
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Declare the prompts shared prefixes: evicted after all others.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Take at most so many tokens of a prompt. Default: all that fit the model."
+        ),
+    ] = None,
+    json: Json = False,
+) -> Action:
+    """Fill a pool from a file of prompts, before anybody asks.
+
+    Each prompt is run through the model as far as its whole blocks are not there yet, and they are written to ssd:
+    the first request that begins with it is a hit. A line is {"prompt": "..."} or {"messages": [{"role": "system",
+    "content": "..."}]}; in plain text, prompts are separated by blank lines, or else each line is one. The pool must
+    not be open elsewhere: the process that has it is named then. Ctrl-C ends it; what was stored is kept.
+
+    \b
+    Examples:
+      kvpool warm examples/laptop.yaml system-prompts.jsonl --shared
+      kvpool warm pool.yaml manuals.txt --model ./llama-8b --tenant acme --max-tokens 4096
+    """
+    from kvpool.cli import warming
+
+    asked = warming.Asked(
+        pool=pool,
+        prompts=prompts,
+        directory=directory,
+        model=model,
+        name=name,
+        tenant=tenant,
+        shared=shared,
+        max_tokens=max_tokens,
+    )
+    return partial(warming.warm, asked, as_json=json)
 
 
 @app.command()
