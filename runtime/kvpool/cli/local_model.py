@@ -52,8 +52,7 @@ def _loaded(asked: str | None, name: str | None) -> LocalModel:
     from kvpool.demo import smollm2
 
     if asked in (None, smollm2.NAME):
-        model, tokenizer = smollm2.load_smollm2()
-        return LocalModel(model, tokenizer, name or smollm2.NAME)
+        return LocalModel(*smollm2.load_smollm2(), name or smollm2.NAME)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -139,6 +139,7 @@ def _warm_all(
     cache = TransformersCache(pool, loaded.model, name=loaded.name)
     (model,) = pool.models()
     most = min(limit for limit in (asked.max_tokens, loaded.most_tokens, sys.maxsize) if limit is not None)
+    summary.began_s = time.monotonic()
     for prompt, whole in prompts:
         tokens = whole[:most]
         warmed = warm_one(cache, tokens, tenant=asked.tenant)
