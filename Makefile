@@ -1,5 +1,6 @@
 # What a developer types; `make` alone lists it. Set-up is scripts/set_up.sh: it makes .venv, and does nothing when
-# neither pyproject.toml nor the script has changed. ARGS are passed on: make test ARGS="tests/pool -k lease"
+# neither pyproject.toml, nor the script, nor the codecs' C sources have changed. ARGS are passed on:
+# make test ARGS="tests/pool -k lease"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +11,8 @@ ARGS ?=
 BIN := .venv/bin
 DEMO_READY := .venv/.ready-demo
 DEV_READY := .venv/.ready-dev
-SET_UP := pyproject.toml scripts/set_up.sh scripts/demo_model.txt
+SET_UP := pyproject.toml scripts/set_up.sh scripts/demo_model.txt scripts/build_kernels.py \
+	$(wildcard runtime/kvpool/codecs/cpu/*.[ch])
 
 # Nothing here may ask a model hub: the demo's model comes from PyPI.
 export HF_HUB_OFFLINE := 1

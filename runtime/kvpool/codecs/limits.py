@@ -117,5 +117,4 @@ class ClipLimits:
 def _of_groups(limits: Floats, tokens: int, grouping: Grouping) -> Floats:
     layers, heads, dim = limits.shape
     of_elements = np.broadcast_to(limits[:, :, None, :], (layers, heads, tokens, dim)).reshape(layers, *grouping.shape)
-    largest: Floats = of_elements.max(tuple(1 + axis for axis in grouping.over), keepdims=True)
-    return largest
+    return np.ascontiguousarray(of_elements.max(tuple(1 + axis for axis in grouping.over), keepdims=True))

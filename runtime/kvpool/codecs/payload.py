@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from kvpool.api.behaviour import Granularity
 from kvpool.api.codec import Codec
 from kvpool.blocks.layout import PAGE_BYTES, KVLayout, padded
 from kvpool.blocks.record import Buffer
+from kvpool.codecs.cpu.kernels import kernels
 from kvpool.codecs.format import QuantizedFormat
 from kvpool.codecs.limits import ClipLimits, Floats
 from kvpool.codecs.loss import Loss
@@ -54,33 +56,40 @@ class PayloadCodec(ABC):
         Returns None, or why it cannot be done: then what `into` holds is of no use. `limits` narrow the ranges of
         int codecs; they must be of the same layout.
         """
-        source = _tensor_over("payload", payload, self.layout.payload_bytes, writable=False)
-        target = _tensor_over("into", into, self.encoded_bytes, writable=True)
-        return self.encode_tensor(source, target, limits)
+        _check_array("payload", payload, self.layout.payload_bytes, writable=False)
+        _check_array("into", into, self.encoded_bytes, writable=True)
+        form, lent = _on_cpu()
+        return self._encode(form, lent(payload), lent(into), self._bounds_of(limits))
 
     def decode(self, encoded: Buffer, into: Buffer) -> None:
         """Decode a numpy uint8 array of `encoded_bytes` into a writable numpy uint8 payload, in the layout's dtype."""
-        source = _tensor_over("encoded", encoded, self.encoded_bytes, writable=False)
-        target = _tensor_over("into", into, self.layout.payload_bytes, writable=True)
-        self.decode_tensor(source, target)
+        _check_array("encoded", encoded, self.encoded_bytes, writable=False)
+        _check_array("into", into, self.layout.payload_bytes, writable=True)
+        form, lent = _on_cpu()
+        self._decode(form, lent(encoded), lent(into))
 
     def encode_tensor(self, payload: Tensor, into: Tensor, limits: ClipLimits | None = None) -> Loss | None:
         """The same on torch uint8 tensors of one device: the same bytes. Waits for a GPU's stream once, at the end."""
         self._check_pair(payload, self.layout.payload_bytes, into, self.encoded_bytes)
-        if limits is not None:
-            limits.check(self.layout)
-        return self._encode(payload, into, limits)
+        return self._encode(_tensors(), payload, into, self._bounds_of(limits))
 
     def decode_tensor(self, encoded: Tensor, into: Tensor) -> None:
         """The same on torch uint8 tensors of one device. Never waits for a GPU."""
         self._check_pair(encoded, self.encoded_bytes, into, self.layout.payload_bytes)
-        self._decode(encoded, into)
+        self._decode(_tensors(), encoded, into)
 
     @abstractmethod
-    def _encode(self, payload: Tensor, into: Tensor, limits: ClipLimits | None) -> Loss | None: ...
+    def _encode(self, form: Any, payload: Any, into: Any, bounds: Sequence[Floats] | None) -> Loss | None:
+        """Encode by `form`: the compiled kernels on arrays, or torch on tensors."""
 
     @abstractmethod
-    def _decode(self, encoded: Tensor, into: Tensor) -> None: ...
+    def _decode(self, form: Any, encoded: Any, into: Any) -> None: ...
+
+    def _bounds_of(self, limits: ClipLimits | None) -> Sequence[Floats] | None:
+        """The limits of each plane's groups, where there are groups."""
+        if limits is not None:
+            limits.check(self.layout)
+        return None
 
     def _check_pair(self, source: Tensor, source_bytes: int, into: Tensor, into_bytes: int) -> None:
         _check_tensor("the tensor to read", source, source_bytes)
@@ -95,12 +104,12 @@ class HalfCodec(PayloadCodec):
     def __init__(self, layout: KVLayout, number: int, params: bytes) -> None:
         super().__init__(layout, Codec.FP16, number, params, layout.payload_bytes // 2)
 
-    def _encode(self, payload: Tensor, into: Tensor, limits: ClipLimits | None) -> Loss | None:
-        loss: Loss | None = _tensors().to_half(payload, into)
+    def _encode(self, form: Any, payload: Any, into: Any, bounds: Sequence[Floats] | None) -> Loss | None:
+        loss: Loss | None = form.to_half(payload, into)
         return loss
 
-    def _decode(self, encoded: Tensor, into: Tensor) -> None:
-        _tensors().from_half(encoded, into)
+    def _decode(self, form: Any, encoded: Any, into: Any) -> None:
+        form.from_half(encoded, into)
 
 
 class QuantizedCodec(PayloadCodec):
@@ -111,20 +120,31 @@ class QuantizedCodec(PayloadCodec):
         self._last_bounds: tuple[ClipLimits, tuple[Floats, ...]] | None = None
         super().__init__(layout, codec, number, params, self.format.encoded_bytes)
 
-    def _encode(self, payload: Tensor, into: Tensor, limits: ClipLimits | None) -> Loss | None:
-        bounds = None if limits is None else self._bounds_of(limits)
-        loss: Loss | None = _tensors().quantize(self.format, payload, into, bounds)
+    def _encode(self, form: Any, payload: Any, into: Any, bounds: Sequence[Floats] | None) -> Loss | None:
+        loss: Loss | None = form.quantize(self.format, payload, into, bounds)
         return loss
 
-    def _decode(self, encoded: Tensor, into: Tensor) -> None:
-        _tensors().dequantize(self.format, encoded, into)
+    def _decode(self, form: Any, encoded: Any, into: Any) -> None:
+        form.dequantize(self.format, encoded, into)
 
-    def _bounds_of(self, limits: ClipLimits) -> tuple[Floats, ...]:
-        """The limits of the groups, kept for the next call: it has the same limits, nearly always."""
+    def _bounds_of(self, limits: ClipLimits | None) -> Sequence[Floats] | None:
+        """Kept for the next call, which nearly always has the same limits."""
+        if limits is None:
+            return None
         last = self._last_bounds
         if last is None or last[0] is not limits:
+            limits.check(self.layout)
             last = self._last_bounds = limits, limits.of_groups(self.format)
         return last[1]
+
+
+def _on_cpu() -> tuple[Any, Callable[[Buffer], Any]]:
+    """What works in memory, and how an array is lent to it: the compiled kernels where there are any, else torch."""
+    compiled = kernels()
+    if compiled is not None:
+        return compiled, lambda array: array
+    tensors = _tensors()
+    return tensors, tensors.over
 
 
 def _tensors() -> ModuleType:
@@ -135,19 +155,17 @@ def _tensors() -> ModuleType:
         if error.name != "torch":
             raise
         raise ConfigError(
-            "a codec other than none needs torch, which is not installed: pip install 'kvpool[codecs]'"
+            "a codec other than none needs torch here, which is not installed: pip install 'kvpool[codecs]'"
         ) from None
     return tensors
 
 
-def _tensor_over(name: str, array: Any, nbytes: int, *, writable: bool) -> Tensor:
-    """A tensor over the memory of a numpy array; nothing is copied."""
+def _check_array(name: str, array: Any, nbytes: int, *, writable: bool) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 1:
         raise InputError(f"{name} must be a one-dimensional numpy array of uint8")
     if not array.flags.c_contiguous or (writable and not array.flags.writeable):
         raise InputError(f"{name} must be contiguous{' and writable' if writable else ''}")
     _check_place(name, array.nbytes, nbytes, array.ctypes.data)
-    return _tensors().over(array)  # type: ignore[no-any-return]
 
 
 def _check_tensor(name: str, tensor: Any, nbytes: int) -> None:

@@ -57,14 +57,13 @@ def to_half(payload: Tensor, into: Tensor) -> Loss | None:
     """Encode float32 as float16."""
     source, target = payload.view(torch.float32), into.view(torch.float16)
     size = CPU_ELEMENTS if payload.device.type == "cpu" else source.numel()
+    flaws = []
     for piece, place in zip(torch.split(source, size), torch.split(target, size), strict=True):
         lo, hi = torch.aminmax(piece)
         far = torch.maximum(-lo, hi)
-        loss = _loss(_Flaws(~torch.isfinite(far), far > HALF_MAX))
-        if loss is not None:
-            return loss
+        flaws.append(_Flaws(~torch.isfinite(far), far > HALF_MAX))
         place.copy_(piece)
-    return None
+    return _loss(flaws)
 
 
 def from_half(encoded: Tensor, into: Tensor) -> None:
@@ -74,7 +73,6 @@ def from_half(encoded: Tensor, into: Tensor) -> None:
 
 def quantize(fmt: QuantizedFormat, payload: Tensor, into: Tensor, bounds: Sequence[Floats] | None) -> Loss | None:
     """Encode as the module says; `bounds` of each plane's groups narrow `lo` and `hi`: values beyond are cut off."""
-    on_cpu = payload.device.type == "cpu"
     flaws = []
     for number, plane in enumerate(fmt.planes):
         values, sections = _values(fmt, plane, payload), _Sections.of_plane(fmt, plane, into)
@@ -82,9 +80,7 @@ def quantize(fmt: QuantizedFormat, payload: Tensor, into: Tensor, bounds: Sequen
         for some in _layers_at_once(fmt, plane, payload):
             limit = None if bound is None else bound[some]
             flaws.append(_quantize(fmt.numeric, plane.grouping, values[some], sections.of(some), limit))
-            if on_cpu and (loss := _loss(flaws.pop())):
-                return loss
-    return _loss(_Flaws(*(torch.stack(flags).any() for flags in zip(*flaws, strict=True)))) if flaws else None
+    return _loss(flaws)
 
 
 def dequantize(fmt: QuantizedFormat, encoded: Tensor, into: Tensor) -> None:
@@ -191,8 +187,10 @@ def _read_codes(numeric: Numeric, codes: Tensor, shape: torch.Size) -> Tensor:
     return both.reshape(shape).float()
 
 
-def _loss(flaws: _Flaws) -> Loss | None:
-    infinite, too_far = torch.stack(list(flaws)).tolist()
-    if infinite:
+def _loss(flaws: Sequence[_Flaws]) -> Loss | None:
+    """The worst of them, read from the device at once."""
+    infinite, too_far = (torch.stack(flags).any() for flags in zip(*flaws, strict=True))
+    of_all = torch.stack((infinite, too_far)).tolist()
+    if of_all[0]:
         return Loss.NOT_FINITE
-    return Loss.OUT_OF_RANGE if too_far else None
+    return Loss.OUT_OF_RANGE if of_all[1] else None
