@@ -16,6 +16,7 @@ from kvpool.errors import ConfigError
 AREAS: Mapping[str, str] = {
     "engine": "kvpool.bench.engine",
     "quality": "kvpool.bench.quality",
+    "sharing": "kvpool.bench.sharing",
 }
 """Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""
 DEFAULT_AREA = "engine"

@@ -261,7 +261,7 @@ def replay(
 
 @app.command()
 def bench(
-    area: Annotated[str, typer.Argument(metavar="AREA", help="What to measure: engine, quality.")] = "engine",
+    area: Annotated[str, typer.Argument(metavar="AREA", help="What to measure: engine, quality, sharing.")] = "engine",
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A benchmark, or a row of one. May be given several times.")
     ] = None,
