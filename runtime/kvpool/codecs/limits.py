@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import xxhash
 
-from kvpool.blocks.layout import KVLayout
+from kvpool.blocks.layout import Dtype, KVLayout
 from kvpool.codecs.format import Grouping, QuantizedFormat
 from kvpool.errors import IncompatibleDataError, InputError
 
@@ -73,10 +73,13 @@ class ClipLimits:
             )
 
     def of_groups(self, fmt: QuantizedFormat) -> tuple[Floats, ...]:
-        """For each plane the limits of its groups, as the groups' scales lie: a group's is its channels' largest."""
-        tokens = fmt.layout.block_tokens
+        """For each plane the limits of its groups, as the groups' scales lie: a group's is its channels' largest.
+
+        Rounded up to the payload's type, so that the ends of a limited range are of that type, as any others.
+        """
+        tokens, dtype = fmt.layout.block_tokens, fmt.layout.dtype
         return tuple(
-            _of_groups(array, tokens, plane.grouping)
+            _rounded_up(_of_groups(array, tokens, plane.grouping), dtype)
             for array, plane in zip((self.keys, self.values), fmt.planes, strict=False)
         )
 
@@ -118,3 +121,14 @@ def _of_groups(limits: Floats, tokens: int, grouping: Grouping) -> Floats:
     layers, heads, dim = limits.shape
     of_elements = np.broadcast_to(limits[:, :, None, :], (layers, heads, tokens, dim)).reshape(layers, *grouping.shape)
     return np.ascontiguousarray(of_elements.max(tuple(1 + axis for axis in grouping.over), keepdims=True))
+
+
+def _rounded_up(limits: Floats, dtype: Dtype) -> Floats:
+    if dtype is Dtype.BFLOAT16:
+        bits = limits.view(np.uint32)
+        return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF_0000)).view(np.float32)
+    if dtype is Dtype.FLOAT16:
+        with np.errstate(over="ignore"):  # infinity limits nothing
+            half = limits.astype(np.float16)
+        return np.where(half < limits, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+    return limits

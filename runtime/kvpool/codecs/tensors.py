@@ -137,9 +137,9 @@ def _quantize(numeric: Numeric, grouping: Grouping, values: Tensor, into: _Secti
         scale = _scale(torch.maximum(-lo, hi), numeric.levels)
         top = scale * numeric.levels
     else:
-        zero = lo.to(values.dtype).float() + 0.0  # negative zero becomes zero, so that it cannot matter which was found
+        zero = lo + 0.0  # negative zero becomes zero, so that it cannot matter which was found
         into.zeros.copy_(zero)
-        scale = _scale((hi - zero).clamp_min(0), numeric.levels)
+        scale = _scale(hi - zero, numeric.levels)
         top = scale * numeric.levels + zero
         work.sub_(zero)
     into.scales.copy_(scale)

@@ -53,9 +53,9 @@ INLINE int OF(scale_as)(
         }
         float base = 0.0f, reach = -least > most ? -least : most; /* perhaps a negative zero */
         if (!symmetric) {
-            base = OF(widened)(OF(narrowed)(least)) + 0.0f; /* no negative zero */
+            base = least + 0.0f; /* no negative zero */
             zeros[i] = OF(narrowed)(base);
-            reach = most - base > 0.0f ? most - base : 0.0f;
+            reach = most - base;
         }
         uint32_t bits = (as_bits(reach * share + 0.0f) + 0xffffu) & 0xffff0000u;
         bits = bits > 0x00800000u ? bits : 0x00800000u;
