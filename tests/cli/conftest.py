@@ -42,6 +42,15 @@ def used_directory(pool_file: Path, directory: Path) -> Path:
     return directory
 
 
+def share(pool_file: Path, directory: Path) -> None:
+    """Use it, and declare the first two blocks shared after one request for them."""
+    use(pool_file, directory)
+    with Pool.open(pool_file, directory=directory) as pool:
+        model = pool.model("tiny")
+        model.declare_shared(TOKENS[: 2 * LAYOUT.block_tokens], tenant="acme")
+        model.match(TOKENS, tenant="acme").close()
+
+
 def use(pool_file: Path, directory: Path) -> None:
     with Pool.open(pool_file, directory=directory) as pool:
         model = pool.register(ModelSpec(identity=ModelIdentity(name="tiny", weights="1", layout=LAYOUT)))

@@ -21,7 +21,7 @@ from kvpool.errors import (
 )
 from tests.cli.command import kvpool, started
 
-COMMANDS = ("run", "status", "explain", "replay", "bench", "version")
+COMMANDS = ("run", "status", "quota", "warm", "explain", "replay", "bench", "version")
 
 
 def test_version_prints_the_version() -> None:
@@ -73,7 +73,12 @@ def test_no_command_prints_the_help_and_is_a_usage_error() -> None:
         ("run", "a.yaml", "b.yaml"),
         ("run", "a.yaml", "--every", "0"),
         ("status",),
+        ("quota",),
+        ("warm", "pool.yaml"),
+        ("warm", "pool.yaml", "prompts", "--max-tokens", "0"),
         ("explain", "--tokens", "-"),
+        ("explain", "--model", "llama"),
+        ("explain", "--shared", "--top", "0"),
         ("bench", "--seconds", "soon"),
         ("bench", "--json", "--markdown"),
         ("replay",),

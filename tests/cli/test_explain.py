@@ -10,7 +10,7 @@ import pytest
 
 from kvpool.cli.exits import ExitCode
 from tests.cli.command import kvpool, started
-from tests.cli.conftest import STORED_BLOCKS, TOKENS, use
+from tests.cli.conftest import LAYOUT, STORED_BLOCKS, TOKENS, share, use
 
 PROMPT = json.dumps(TOKENS).encode()
 WHO = ("--model", "tiny", "--tenant", "acme", "--tokens", "-")
@@ -104,3 +104,20 @@ def test_the_pool_is_named_in_exactly_one_way(pool_file: Path, used_directory: P
         assert ended.code == ExitCode.USAGE
         assert "--pool" in ended.complaint
         assert "--directory" in ended.complaint
+
+
+def test_shared_prefixes_are_listed_with_what_they_take_and_who_used_them(pool_file: Path, directory: Path) -> None:
+    share(pool_file, directory)
+    (shared,) = kvpool("explain", "--shared", "--directory", directory, "--json").objects
+    assert (shared["model"], shared["blocks"], shared["tokens"]) == ("tiny", 2, 2 * LAYOUT.block_tokens)
+    assert (shared["requests"], shared["continuations"]) == (1, 1)
+    assert shared["bytes"] == {"gpu": 0, "ram": 0, "ssd": 2 * LAYOUT.record_bytes}
+    blocks = kvpool("explain", "--directory", directory, *WHO, "--json", stdin=PROMPT).objects
+    assert shared["key"] == blocks[1]["key"]
+    shown = kvpool("explain", "--shared", "--directory", directory)
+    assert shown.out.splitlines()[-1].split()[1:2] == ["tiny"]
+
+
+def test_where_nothing_is_shared_that_is_said(used_directory: Path) -> None:
+    ended = kvpool("explain", "--shared", "--directory", used_directory)
+    assert (ended.code, ended.out.startswith("no prefix is shared")) == (0, True)

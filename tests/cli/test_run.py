@@ -14,6 +14,7 @@ import pytest
 from kvpool.cli.ending import told_by
 from kvpool.cli.exits import ExitCode
 from tests.cli.command import COMMAND, kvpool, started
+from tests.cli.conftest import share
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -29,30 +30,43 @@ def test_in_a_pipe_it_prints_lines_and_closes_when_told(pool_file: Path, directo
     assert running.returncode == ExitCode.OK
 
 
-def test_as_json_every_line_is_an_object_with_all_counters(pool_file: Path, used_directory: Path) -> None:
-    running = started("run", pool_file, "--directory", used_directory, "--every", "0.1", "--json")
+def test_as_json_every_line_is_an_object_with_all_counters(pool_file: Path, directory: Path) -> None:
+    share(pool_file, directory)
+    running = started("run", pool_file, "--directory", directory, "--every", "0.1", "--json")
     assert running.stdout is not None
     first, second = (json.loads(running.stdout.readline()) for _ in range(2))
     running.terminate()
     running.communicate(timeout=60)
     assert first["tiers"]["ssd"]["blocks"] == 3
     assert first["hit_ratio"] == 0
+    assert [prefix["requests"] for prefix in first["shared_prefixes"]] == [1]
     assert first["at_s"] < second["at_s"]
     assert running.returncode == ExitCode.OK
 
 
-def test_on_a_terminal_it_draws_the_tiers_and_closes_on_ctrl_c(pool_file: Path, used_directory: Path) -> None:
+def test_on_a_terminal_it_draws_the_tiers_and_closes_on_ctrl_c(pool_file: Path, directory: Path) -> None:
+    share(pool_file, directory)
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
-    command = [*COMMAND, "run", str(pool_file), "--directory", str(used_directory)]
+    command = [*COMMAND, "run", str(pool_file), "--directory", str(directory)]
     running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
     os.close(theirs)
-    shown = read_until(ours, b"restored at start")
+    shown = read_until(ours, b"shared prefix")
     os.kill(running.pid, signal.SIGINT)
     shown += read_until(ours, b"closing")
     assert running.wait(timeout=60) == ExitCode.OK
     os.close(ours)
-    for word in (b"testing", b"normal", b"ram", b"ssd", b"16 MiB", b"64 MiB", b"hit ratio"):
+    for word in (
+        b"testing",
+        b"normal",
+        b"ram",
+        b"ssd",
+        b"16 MiB",
+        b"64 MiB",
+        b"hit ratio",
+        b"restored at start",
+        b"tiny",
+    ):
         assert word in shown
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from kvpool.blocks.tokens import token_bytes
 from kvpool.cli.output import console, instant, print_json, table
+from kvpool.cli.sharing import as_object as shared_object
+from kvpool.cli.sharing import shared_table
 from kvpool.config import RamConfig, RuntimeConfig, SsdConfig, default_directory, load_config
 from kvpool.errors import ConfigError, InputError
 from kvpool.pool.directory import MARKER_NAME
@@ -34,6 +36,20 @@ def explain(pool: Path | None, *, directory: Path | None, model: str, tenant: st
             print_json(as_object(report))
     else:
         _print_table(reports, block_tokens, len(prompt) // 4)
+
+
+def shared(pool: Path | None, *, directory: Path | None, count: int, as_json: bool) -> None:
+    """Print the `count` shared prefixes that requests used most. Raises `ConfigError` and `DirectoryInUseError`."""
+    with Pool.open(_reading_config(pool, directory)) as opened:
+        prefixes = opened.shared_prefixes(count)
+        names = {identity.fingerprint: identity.name for identity in opened.known_models()}
+    if as_json:
+        for prefix in prefixes:
+            print_json(shared_object(prefix, names))
+    elif prefixes:
+        console().print(shared_table(prefixes, names))
+    else:
+        print("no prefix is shared: none was declared, and no two requests parted after one that is held")
 
 
 def read_tokens(source: str) -> bytes:

@@ -140,19 +140,25 @@ def quota(
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Option(metavar="NAME", help="The model's name, as it was registered.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name, as it was registered.", show_default=False)
+    ] = None,
     tokens: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="FILE", help="The prompt's token ids: a JSON list, or raw int32. - is standard input."),
-    ],
+    ] = None,
     pool: Annotated[
         Path | None, typer.Option(metavar="POOL.YAML", help="The pool, by its file; or else name its directory.")
     ] = None,
     directory: Directory = None,
     tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose prompt it is.")] = "default",
+    shared: Annotated[
+        bool, typer.Option("--shared", help="List the shared prefixes used most, instead of explaining a prompt.")
+    ] = False,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="With --shared: how many.")] = 10,
     json: Json = False,
 ) -> Action:
-    """Say of each block of a prompt where it is, or why not.
+    """Say of each block of a prompt where it is, or why not; or which prefixes are shared.
 
     Reads what the pool left in its directory; ram is empty there, for nobody has the pool open. If somebody has, that
     process is named, and the exit code is 3: ask it with Model.explain.
@@ -161,9 +167,14 @@ def explain(
     Examples:
       kvpool explain --pool pool.yaml --model llama-8b --tenant acme --tokens prompt.json
       tokenize prompt.txt | kvpool explain --directory /var/lib/kvpool/chat --model llama-8b --tokens -
+      kvpool explain --pool pool.yaml --shared --top 20
     """
     from kvpool.cli import explaining
 
+    if shared:
+        return partial(explaining.shared, pool, directory=directory, count=top, as_json=json)
+    if model is None or tokens is None:
+        raise typer.BadParameter("--model and --tokens say what to explain; --shared lists shared prefixes.")
     return partial(
         explaining.explain, pool, directory=directory, model=model, tenant=tenant, tokens=tokens, as_json=json
     )

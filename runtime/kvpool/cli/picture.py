@@ -24,8 +24,8 @@ def line(stats: PoolStats) -> str:
     return "; ".join([f"mode {stats.mode}", *tiers, hits, f"{stats.stored_blocks:,} blocks stored"])
 
 
-def screen(stats: PoolStats, directory: Path, open_s: float) -> RenderableType:
-    """Tiers, traffic and models, to be drawn again and again."""
+def screen(stats: PoolStats, directory: Path, open_s: float, *, shared: RenderableType | None = None) -> RenderableType:
+    """Tiers, traffic, models and, where there are any, shared prefixes, to be drawn again and again."""
     mode = Text(stats.mode, style="green" if stats.mode == "normal" else "bold red")
     head = Text.assemble(
         ("pool ", "dim"), (stats.name, "bold"), ("  mode ", "dim"), mode, ("  open for ", "dim"), _span(open_s),
@@ -34,6 +34,8 @@ def screen(stats: PoolStats, directory: Path, open_s: float) -> RenderableType:
     parts: list[RenderableType] = [head, Text(), _tiers(stats), Text(), _counters(stats)]
     if stats.models:
         parts += [Text(), _models(stats)]
+    if shared is not None:
+        parts += [Text(), shared]
     return Group(*parts)
 
 
