@@ -595,7 +595,7 @@ _ROOT = Path(__file__).parents[2]
         ("FORMAT", b"format=1", b"format=2"),
         ("ssd/FORMAT", b"format=1", b"format=2"),
         ("ssd/FORMAT", b"record=1", b"record=2"),
-        ("models.json", b'"version": 1', b'"version": 2'),
+        ("models.json", b'"version": 2', b'"version": 3'),
     ],
 )
 def test_what_a_newer_program_wrote_is_refused_and_left_alone(

@@ -125,9 +125,9 @@ def test_a_model_whose_fields_were_changed_in_the_file_is_not_believed(tmp_path:
 
 
 def test_a_newer_programs_file_is_refused_and_kept(tmp_path: Path) -> None:
-    newer = json.dumps({"version": 2, "catalog": []})
+    newer = json.dumps({"version": 3, "catalog": []})
     (tmp_path / "models.json").write_text(newer)
-    with pytest.raises(IncompatibleDataError, match="format 2"):
+    with pytest.raises(IncompatibleDataError, match="format 3"):
         Registry.load(tmp_path)
     assert (tmp_path / "models.json").read_text() == newer
 

@@ -76,7 +76,7 @@ class World:
 
     def room_for(self, name: str, nbytes: int) -> Grant:
         account = self.account(name)
-        while (granted := self.index.charge(account, RAM, nbytes)) is Grant.OVER_LIMIT:
+        while (granted := self.index.charge(account, RAM, [nbytes])[1]) is Grant.OVER_LIMIT:
             if not self.index.evict_own(account, RAM, nbytes):
                 return granted
         while granted is Grant.GIVEN and self.held(RAM) > CAPACITY:

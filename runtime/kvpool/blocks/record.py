@@ -20,7 +20,7 @@ asked for is found by comparing its head.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -114,6 +114,21 @@ def seal(record: Buffer, head: Head) -> None:
     )  # fmt: skip
     page = (page + variable).ljust(_SUM_AT, b"\0")
     view[:PAGE_BYTES] = page + _SUM.pack(xxhash.xxh3_64_intdigest(page))
+
+
+def sealed_as(record: Buffer, head: Head, codec: int, params: bytes, payload_bytes: int) -> Head:
+    """`seal` a record whose payload is encoded; returns its head."""
+    encoded = replace(head, codec=codec, codec_params=params, payload_bytes=payload_bytes)
+    seal(record, encoded)
+    return encoded
+
+
+def codec_in(record: Buffer) -> tuple[int, bytes]:
+    """The number and the parameters of the codec of a record that this process has sealed or verified."""
+    view = memoryview(record)
+    _, _, codec, params_len, *_, tokens_len, extra_len, _, _, _, _ = _HEAD.unpack_from(view)
+    at = _HEAD.size + tokens_len + extra_len
+    return codec, bytes(view[at : at + params_len])
 
 
 def read_head(page: Buffer) -> Head:

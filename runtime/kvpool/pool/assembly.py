@@ -6,18 +6,24 @@ import logging
 from collections.abc import Callable
 
 from kvpool.api import SharingScope
+from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint
+from kvpool.blocks.layout import KVLayout
 from kvpool.config import RuntimeConfig, SsdConfig
 from kvpool.policy import LruPolicy
+from kvpool.pool.calibration import NO_CLIPPING, Calibrations
 from kvpool.pool.copies import Copies
 from kvpool.pool.costs import TierCosts
 from kvpool.pool.directory import PoolDirectory
-from kvpool.pool.engine import Engine, LiveSettings, Tenants
+from kvpool.pool.encodings import Encodings
+from kvpool.pool.engine import Engine, Identities, LiveSettings, Tenants
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
 from kvpool.pool.memory import Memory
+from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.sealing import Sealer
 from kvpool.pool.secret import load_or_create_secret
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.write_behind import WriteBehind
@@ -27,7 +33,7 @@ from kvpool.prefix.node import RAM, SSD
 from kvpool.resilience import BreakerLimits, CircuitBreaker
 from kvpool.tiers.ram import RamTier, region_of
 from kvpool.tiers.ssd.disk import Disk
-from kvpool.tiers.ssd.place import segment_of
+from kvpool.tiers.ssd.place import bytes_of, segment_of
 from kvpool.tiers.ssd.tier import SsdTier
 
 READ_FAILURES, WRITE_FAILURES = 3, 1
@@ -39,7 +45,8 @@ def assemble(
     directory: PoolDirectory,
     history: History,
     *,
-    payload_bytes_of: Callable[[Fingerprint], int | None],
+    identity_of: Identities,
+    is_unregistered: Callable[[Fingerprint], bool],
     wake: Callable[[], None],
     disk: Disk | None,
 ) -> Engine:
@@ -54,6 +61,7 @@ def assemble(
         sharing=sharing_rules(config),
         history=history,
         region_of={RAM: region_of, SSD: segment_of},
+        bytes_of={RAM: ram.bytes_of, SSD: bytes_of},
     )
     store = SsdStore(
         _ssd_opener(directory, disk),
@@ -66,20 +74,63 @@ def assemble(
     copies = Copies(ram, store)
     memory = Memory(ram, index, copies)
     reclaimer = Reclaimer(index, store, copies)
-    return Engine(
+    encodings = make_encodings(config, directory, identity_of)
+
+    def payload_bytes_of(fingerprint: Fingerprint) -> int | None:
+        identity = identity_of(fingerprint)
+        return None if identity is None else identity.layout.payload_bytes
+
+    engine = Engine(
         index=index,
         ram=ram,
         store=store,
         copies=copies,
         memory=memory,
-        readers=Readers(store, memory),
+        readers=Readers(store, memory, encodings),
         reclaimer=reclaimer,
-        writer=WriteBehind(index, memory, store, reclaimer, events, payload_bytes_of=payload_bytes_of),
+        writer=WriteBehind(
+            index,
+            memory,
+            store,
+            copies,
+            reclaimer,
+            events,
+            Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared),
+            payload_bytes_of=payload_bytes_of,
+        ),
         events=events,
         tenants=Tenants(secret, epochs, index, shared=config.sharing.scope is SharingScope.POOL),
         settings=live_settings(config),
+        encodings=encodings,
+        ram_encoder=RamEncoder(
+            index,
+            memory,
+            encodings,
+            on_eviction=config.compression.on_eviction,
+            compresses_shared=lambda: engine.settings.compress_shared,
+        ),
+        identity_of=identity_of,
+        is_unregistered=is_unregistered,
         wake=wake,
     )
+    return engine
+
+
+def make_encodings(config: RuntimeConfig, directory: PoolDirectory, identity_of: Identities) -> Encodings:
+    """The codecs of the tiers."""
+    compression = config.compression
+
+    def layout_of(fingerprint: Fingerprint) -> KVLayout | None:
+        identity = identity_of(fingerprint)
+        return None if identity is None else identity.layout
+
+    calibrations = None
+    if compression.outlier_percentile < NO_CLIPPING:
+        calibrations = Calibrations(
+            directory.path, samples=compression.calibration_samples, percentile=compression.outlier_percentile
+        )
+    by_level = {RAM: config.ram.codec, SSD: config.ssd.codec if config.ssd else Codec.NONE}
+    return Encodings(by_level, compression.granularity, layout_of=layout_of, calibrations=calibrations)
 
 
 def live_settings(config: RuntimeConfig) -> LiveSettings:
@@ -89,6 +140,7 @@ def live_settings(config: RuntimeConfig) -> LiveSettings:
         second_hit=ssd is not None and ssd.second_hit,
         ssd_budget_s=0.1 if ssd is None else ssd.budget_s,
         read_ahead=config.policy.read_ahead,
+        compress_shared=config.sharing.compress_shared,
     )
 
 
@@ -110,11 +162,6 @@ def notices(config: RuntimeConfig) -> tuple[str, ...]:
         for name, tier in (("gpu", config.gpu), ("dragonfly", config.dragonfly), ("database", config.database))
         if tier is not None
     ]
-    for name, codec in (("ram", config.ram.codec), ("ssd", config.ssd.codec if config.ssd else None)):
-        if codec is not None and codec != "none":
-            found.append(f"tiers.{name}.codec {codec.value} is not applied: this version stores blocks as they are")
-    if any(model.quotas for model in config.models):
-        found.append("models[].quotas are not enforced: this version shares each tier among all models")
     return tuple(found)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.blocks.record import Head
 from kvpool.errors import KvpoolError
@@ -13,8 +12,10 @@ from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.reading import TIER_OUT, ReadJob
 from kvpool.pool.restoring import use_tier
+from kvpool.prefix.accounts import Account
 from kvpool.prefix.heads import edge_heads
-from kvpool.prefix.node import NOWHERE, SSD, Node
+from kvpool.prefix.node import LEVELS, NOWHERE, SSD, Node
+from kvpool.prefix.reclaiming import evict_own
 from kvpool.resilience import BreakerState
 from kvpool.tiers.ssd.place import bytes_of
 
@@ -22,16 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 class Chores:
-    """All chores of one engine. `payload_bytes` of a node's model may be unknown: then it is not probed with."""
+    """All chores of one engine."""
 
     def __init__(
         self,
         engine: Engine,
-        payload_bytes_of: Callable[[Fingerprint], int | None],
         forget_trees: Callable[[], None],
     ) -> None:
         self._engine = engine
-        self._payload_bytes_of = payload_bytes_of
         self._forget_trees = forget_trees
         """Has every model look its tenants' trees up anew: epochs may have been raised."""
         self.leaving: list[int] = []
@@ -39,7 +38,7 @@ class Chores:
 
     def in_memory(self) -> list[Callable[[], None]]:
         """Those that never wait for a disk, in the order in which they run."""
-        return [self.bury, self.check_ssd, self.shrink_ram, self.shrink_index]
+        return [self.bury, self.check_ssd, self.keep_quotas, self.shrink_ram, self.shrink_index]
 
     def on_disk(self) -> list[Callable[[], None]]:
         """Those that may be held up by one."""
@@ -84,6 +83,20 @@ class Chores:
         self._engine.reclaimer.make_room()
         self._engine.reclaimer.shrink()
 
+    def keep_quotas(self) -> None:
+        """Take from models what they hold above a limit that was lowered; what is leased goes when its leases end."""
+        index = self._engine.index
+        for level in LEVELS:
+            for account, excess in index.ledger.over_limit(level):
+                while excess > 0:
+                    gone = (
+                        evict_own(index, account, excess) if level == SSD else index.evict_own(account, level, excess)
+                    )
+                    if not gone:
+                        break
+                    self._engine.copies.release(gone)
+                    excess = -account.room(level)
+
     def shrink_ram(self) -> None:
         """Move or evict what lies in memory that is to be given back."""
         leaving = self.leaving
@@ -101,12 +114,12 @@ class Chores:
         if record is None:
             engine.store.reads.succeeded()  # nothing lies there: nothing can be learnt, and nothing goes wrong
             return
-        place, head = record
-        slots = [] if engine.readers.pending else engine.memory.allocate(bytes_of(place), 1)
+        place, head, account = record
+        slots = [] if engine.readers.pending else engine.memory.allocate(account, bytes_of(place), 1).slots
         if not slots:  # still stuck in the reads that opened the breaker, or all memory is leased: later
             engine.store.stalled(budget_s)
             return
-        probe = ReadJob([place], slots, [head])
+        probe = ReadJob([place], slots, [head], account)
         engine.readers.submit(probe)
         if not engine.readers.wait(probe, budget_s):
             engine.store.stalled(budget_s)
@@ -115,18 +128,18 @@ class Chores:
         else:
             engine.store.reads.trip(engine.store.last_error)
         if probe.abandon():
-            engine.memory.free(probe.slots)
+            engine.memory.free(account, probe.slots)
 
-    def _some_record(self) -> tuple[int, Head] | None:
+    def _some_record(self) -> tuple[int, Head, Account] | None:
         with self._engine.index.lock:
             nodes = self._engine.index.residents[SSD].values()
             node = next((node for nodes in nodes for node in nodes), None)
             return None if node is None else self._a_record(node)
 
-    def _a_record(self, node: Node) -> tuple[int, Head]:
-        """One of the node's records on SSD; its place."""
+    def _a_record(self, node: Node) -> tuple[int, Head, Account]:
+        """One of the node's records on SSD: its place, what it is to say of itself, and whose it is."""
         places = node.places[SSD] or ()
         at = next(at for at, place in enumerate(places) if place != NOWHERE)
-        known = self._payload_bytes_of(node.tree.id.fingerprint)
-        payload_bytes = node.tree.record_bytes - PAGE_BYTES if known is None else known
-        return places[at], edge_heads(node, at, at + 1, payload_bytes=payload_bytes)[0]
+        identity = self._engine.identity_of(node.tree.id.fingerprint)
+        payload_bytes = node.tree.record_bytes - PAGE_BYTES if identity is None else identity.layout.payload_bytes
+        return places[at], edge_heads(node, at, at + 1, payload_bytes=payload_bytes)[0], node.tree.account

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, tenant_digest
+from kvpool.blocks.identity import Fingerprint, KeyChain, ModelIdentity, TenantDigest, tenant_digest
+from kvpool.blocks.layout import KVLayout
 from kvpool.errors import InputError
 from kvpool.pool.copies import Copies
+from kvpool.pool.encodings import Encodings
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
 from kvpool.pool.fetch import FetchParts
 from kvpool.pool.gate import Gate
 from kvpool.pool.memory import Memory
+from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.ssd_store import SsdStore
@@ -32,6 +36,9 @@ from kvpool.tiers.ram import RamTier
 SHARED_TENANT = ""
 """Stands for all tenants where `sharing.scope` is `pool`; nobody's own name, for those are not empty."""
 
+Identities = Callable[[Fingerprint], ModelIdentity | None]
+"""What is known of the model of a fingerprint."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveSettings:
@@ -40,6 +47,7 @@ class LiveSettings:
     second_hit: bool
     ssd_budget_s: float
     read_ahead: bool
+    compress_shared: bool
 
 
 class Tenants:
@@ -71,13 +79,16 @@ class Tenants:
         """Whether the tree is of an epoch that was erased."""
         return tree.id.epoch != self.epochs.of(tree.id.tenant)
 
-    def tree(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int) -> PrefixTree:
+    def tree(self, tree_id: TreeId, *, token_bytes: int, record_bytes: int, model: str) -> PrefixTree:
         """The tree of this identity, made if need be. Call with `lock` held, so that no erasure comes between."""
         known = self._index.tree(tree_id)
         if known is not None:
+            if model and not known.model:
+                self._index.adopt(known, model)
             return known
+        chain = self.chain(tree_id)
         return self._index.add_tree(
-            PrefixTree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes, chain=self.chain(tree_id))
+            PrefixTree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes, chain=chain, model=model)
         )
 
 
@@ -96,6 +107,10 @@ class Engine:
     events: EventBus
     tenants: Tenants
     settings: LiveSettings
+    encodings: Encodings
+    ram_encoder: RamEncoder
+    identity_of: Identities
+    is_unregistered: Callable[[Fingerprint], bool]
     wake: Callable[[], None]
     """Has the housekeeper look for work now."""
     gate: Gate = field(default_factory=Gate)
@@ -117,4 +132,14 @@ class Engine:
     @property
     def fetch_parts(self) -> FetchParts:
         """What a fetch from SSD works with."""
-        return FetchParts(self.index, self.memory, self.copies, self.store, self.readers, self.events)
+        return FetchParts(self.index, self.memory, self.copies, self.store, self.readers, self.events, self.ram_encoder)
+
+    @contextmanager
+    def decoded(self, layout: KVLayout, record: Bytes) -> Iterator[Bytes]:
+        """The payload of an encoded record, as the engine had it, for the time of the context."""
+        payload = self.encodings.borrow(layout.payload_bytes)
+        try:
+            self.encodings.decode(layout, record, payload)
+            yield payload
+        finally:
+            self.encodings.give_back(payload)

@@ -22,6 +22,8 @@ _WHY = {
     Loss.REFUSED: (Verdict.REFUSED, "not stored: no room in {tier}, everything there was leased"),
     Loss.INDEX_FULL: (Verdict.INDEX_FULL, "forgotten, since the prefix index reached ram.indexBytes"),
     Loss.ERASED: (Verdict.ERASED, "its tenant was erased"),
+    Loss.UNREGISTERED: (Verdict.UNREGISTERED, "its model was unregistered"),
+    Loss.OVER_QUOTA: (Verdict.OVER_QUOTA, "its model was over its quota in {tier}"),
 }
 
 

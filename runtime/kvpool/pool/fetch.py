@@ -14,12 +14,14 @@ from typing import NamedTuple
 from kvpool.pool.copies import Copies
 from kvpool.pool.events import EventBus
 from kvpool.pool.memory import Memory
+from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import TIER_OUT, Readers, ReadJob
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix.heads import pinned_heads
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import RAM, SSD
+from kvpool.tiers.ssd.place import bytes_of
 from kvpool.tiers.tier import TierName
 
 JOB_BYTES = 4 << 20
@@ -28,10 +30,15 @@ WINDOW_BYTES = 32 << 20
 
 
 class Batch(NamedTuple):
-    """Consecutive blocks that one job reads: from block `first` on, `places` on SSD."""
+    """Consecutive blocks that one job reads: from block `first` on, `places` on SSD; records of one length."""
 
     first: int
     places: Sequence[int]
+
+    @property
+    def record_bytes(self) -> int:
+        """The length of each record."""
+        return bytes_of(self.places[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class FetchParts:
     store: SsdStore
     readers: Readers
     events: EventBus
+    ram_encoder: RamEncoder
 
 
 @dataclass(slots=True)
@@ -104,8 +112,7 @@ class Fetch:
             _, job = self._flying.popleft()
             if job.abandon():
                 self._spare += job.slots
-        self.parts.memory.free(self._spare)
-        self._spare = []
+        self._free_spare()
 
     def _next(self, block: int) -> bool:
         self._submit()
@@ -126,7 +133,7 @@ class Fetch:
         flying_bytes = sum(job.nbytes for _, job in self._flying)
         while self._todo and (not self._flying or flying_bytes < self.window_bytes):
             batch = self._todo[0]
-            slots = self._slots(len(batch.places))
+            slots = self._slots(batch.record_bytes, len(batch.places))
             if not slots:
                 return
             self._todo.popleft()
@@ -136,15 +143,18 @@ class Fetch:
             heads = pinned_heads(
                 self.parts.index, self.pin, batch.first, len(slots), payload_bytes=self.payload_bytes
             )  # fmt: skip
-            job = ReadJob(batch.places, slots, heads)
+            job = ReadJob(batch.places, slots, heads, self.pin.tree.account)
             flying_bytes += job.nbytes
             self._flying.append((batch, job))
             self.parts.readers.submit(job)
 
-    def _slots(self, count: int) -> list[int]:
+    def _slots(self, record_bytes: int, count: int) -> list[int]:
+        memory = self.parts.memory
+        if self._spare and memory.ram.bytes_of(self._spare[0]) != record_bytes:
+            self._free_spare()
         slots, self._spare = self._spare[:count], self._spare[count:]
         if len(slots) < count and not self._starved:
-            slots += self.parts.memory.allocate(self.record_bytes, count - len(slots))
+            slots += memory.allocate(self.pin.tree.account, record_bytes, count - len(slots)).slots
             self._starved = len(slots) < count
         return slots
 
@@ -156,12 +166,21 @@ class Fetch:
         self._current = None
         good = next((at for at, fault in enumerate(job.faults) if fault is not None), len(job.slots))
         kept = 0 if self._starved and self._todo else good
-        refused = self.parts.index.fill(self.pin, batch.first, RAM, job.slots[:kept])
+        if batch.record_bytes != self.record_bytes:
+            self.parts.index.expect_encoded(self.pin.tree)
+        charged = kept * batch.record_bytes
+        refused = self.parts.index.fill(self.pin, batch.first, RAM, job.slots[:kept], charged=charged)
         self._tell(job, set(job.slots[:kept]).difference(refused))
-        self._spare += refused + job.slots[kept:]
+        self.parts.memory.drop(refused)
+        if kept and batch.record_bytes == self.record_bytes:
+            self.parts.ram_encoder.want(self.pin.node)
+        self._spare += job.slots[kept:]
         if not self._todo:
-            self.parts.memory.free(self._spare)
-            self._spare = []
+            self._free_spare()
+
+    def _free_spare(self) -> None:
+        self.parts.memory.free(self.pin.tree.account, self._spare)
+        self._spare = []
 
     def _tell(self, job: ReadJob, kept: set[int]) -> None:
         """Publish that these blocks are in RAM now."""
@@ -177,13 +196,12 @@ class Fetch:
         self.parts.copies.release(self.parts.index.lose(self.pin, block, SSD, place, Loss.CORRUPT))
 
 
-def plan(in_ram: Sequence[int], on_ssd: Sequence[int], record_bytes: int) -> list[Batch]:
-    """Cut the blocks that are on SSD and not in RAM into batches, each of consecutive blocks and some 4 MiB."""
-    most = max(1, min(JOB_BLOCKS, JOB_BYTES // record_bytes))
+def plan(in_ram: Sequence[int], on_ssd: Sequence[int]) -> list[Batch]:
+    """Cut the blocks that are on SSD and not in RAM into batches: consecutive blocks of one length, some 4 MiB each."""
     batches: list[Batch] = []
     first, run = 0, list[int]()
     for block, (ram, ssd) in enumerate(zip(in_ram, on_ssd, strict=True)):
-        if run and (ram >= 0 or ssd < 0 or len(run) == most):
+        if run and (ram >= 0 or ssd < 0 or bytes_of(ssd) != bytes_of(run[0]) or _is_full(run)):
             batches.append(Batch(first, run))
             run = []
         if ram < 0 <= ssd:
@@ -193,3 +211,7 @@ def plan(in_ram: Sequence[int], on_ssd: Sequence[int], record_bytes: int) -> lis
     if run:
         batches.append(Batch(first, run))
     return batches
+
+
+def _is_full(run: Sequence[int]) -> bool:
+    return len(run) == max(1, min(JOB_BLOCKS, JOB_BYTES // bytes_of(run[0])))

@@ -14,6 +14,7 @@ from kvpool.pool.fetch import Fetch
 from kvpool.pool.results import LeaseState
 from kvpool.prefix.index import Pin
 from kvpool.prefix.node import NOWHERE, RAM, SSD
+from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import TierName
 
 if TYPE_CHECKING:
@@ -104,11 +105,15 @@ class Lease:
         return self._pin
 
     def _hand_over(self, sink: BlockSink, first: int, slots: Sequence[int]) -> None:
-        record, end = self._model._engine.record, PAGE_BYTES + self._model.layout.payload_bytes
+        engine, layout = self._model._engine, self._model.layout
+        end = PAGE_BYTES + layout.payload_bytes
         for block, slot in enumerate(slots, first):
-            payload = record(slot)[PAGE_BYTES:end]
-            payload.flags.writeable = False
-            sink.write_block(block, payload)
+            record = engine.record(slot)
+            if len(record) == layout.record_bytes:
+                _write(sink, block, record[PAGE_BYTES:end])
+            else:
+                with engine.decoded(layout, record) as payload:
+                    _write(sink, block, payload[:])
 
     def _load_with_ssd(self, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
         engine = self._model._engine
@@ -134,3 +139,9 @@ class Lease:
             self._hand_over(sink, block, (slot,))
             served[tier] += 1
         return len(in_ram)
+
+
+def _write(sink: BlockSink, block: int, payload: Bytes) -> None:
+    """Hand one payload over, a view that is nobody else's, so that it can be made read-only."""
+    payload.flags.writeable = False
+    sink.write_block(block, payload)

@@ -1,14 +1,18 @@
-"""Room in RAM for new blocks: slots of the ram tier, made free by eviction and by moving blocks together.
+"""Room in RAM for blocks: slots of the ram tier, made free by eviction and by moving blocks together.
 
-A slot that was allocated here is nobody else's until it is entered in the index or freed.
+A slot that was allocated here is charged to its model's account, and nobody else's until it is entered in the index
+(with `charged`, its bytes) or freed.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from enum import Enum, auto
+from typing import NamedTuple
 
 import numpy as np
 
 from kvpool.pool.copies import Copies
+from kvpool.prefix.accounts import Account, Grant
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import RAM
 from kvpool.prefix.relocating import hold, release, settle
@@ -26,6 +30,13 @@ class Moved(Enum):
     """Its block is leased, or not entered in the index yet."""
 
 
+class Room(NamedTuple):
+    """What was allocated. Where it is less than was wanted, `granted` says whether a quota was the reason."""
+
+    slots: list[int]
+    granted: Grant
+
+
 class Memory:
     """Allocates slots for records. Safe from any thread."""
 
@@ -34,13 +45,27 @@ class Memory:
         self._index = index
         self._copies = copies
 
-    def allocate(self, record_bytes: int, count: int) -> list[int]:
-        """Up to `count` slots of this size; fewer, or none, where everything that could make room is leased."""
-        slots = self.ram.allocate_many(record_bytes, count)
-        return slots if len(slots) == count else self._allocate_by_force(record_bytes, count, slots)
+    def allocate(self, account: Account, record_bytes: int, count: int) -> Room:
+        """Up to `count` slots of this size; fewer, or none, where all that could make room is leased or not its own."""
+        granted, why = self._charge(account, record_bytes, count)
+        if not granted:
+            return Room([], why)
+        slots = self.ram.allocate_many(record_bytes, granted)
+        if len(slots) < granted:
+            slots = self._allocate_by_force(account, record_bytes, granted, slots)
+            if len(slots) < granted:
+                self._index.discharge(account, RAM, (granted - len(slots)) * record_bytes)
+                why = Grant.GIVEN
+        return Room(slots, why)
 
-    def free(self, slots: list[int]) -> None:
-        """Give back slots that were not entered in the index."""
+    def free(self, account: Account, slots: Sequence[int]) -> None:
+        """Give back slots that were allocated for `account` and were not entered in the index."""
+        if slots:
+            self._index.discharge(account, RAM, sum(map(self.ram.bytes_of, slots)))
+            self.ram.drop(slots)
+
+    def drop(self, slots: Sequence[int]) -> None:
+        """Give back slots that the index did not take, and has discharged."""
         if slots:
             self.ram.drop(slots)
 
@@ -50,17 +75,29 @@ class Memory:
         Where there is no room to move them to, as much is evicted as they take, and no more.
         """
         homeless = [slot for slot in slots if self._move(slot) is Moved.NO_ROOM]
-        for record_bytes, count in Counter(map(self.ram.slab.slot_bytes, homeless)).items():
-            if record_bytes is not None:
+        for record_bytes, count in Counter(map(self.ram.bytes_of, homeless)).items():
+            if record_bytes:
                 self._copies.release(self._index.evict(RAM, record_bytes * count))
         return all(self._move(slot) is Moved.GONE for slot in slots)
 
-    def _allocate_by_force(self, record_bytes: int, count: int, slots: list[int]) -> list[int]:
+    def _charge(self, account: Account, record_bytes: int, count: int) -> tuple[int, Grant]:
+        """Charge as many as the account may have, once it has given up what it can of its own."""
+        granted, why = self._index.charge(account, RAM, [record_bytes] * count)
+        while granted < count and why is Grant.OVER_LIMIT:
+            gone = self._index.evict_own(account, RAM, (count - granted) * record_bytes)
+            if not gone:
+                break
+            self._copies.release(gone)
+            more, why = self._index.charge(account, RAM, [record_bytes] * (count - granted))
+            granted += more
+        return granted, why
+
+    def _allocate_by_force(self, account: Account, record_bytes: int, count: int, slots: list[int]) -> list[int]:
         if record_bytes > self.ram.capacity_bytes:
             return slots
         stuck: set[int] = set()
         while len(slots) < count:
-            gone = self._index.evict(RAM, (count - len(slots)) * record_bytes)
+            gone = self._index.evict(RAM, (count - len(slots)) * record_bytes, account)
             self._copies.release(gone)
             before = len(slots)
             slots += self.ram.allocate_many(record_bytes, count - len(slots))
@@ -84,7 +121,7 @@ class Memory:
         return False
 
     def _move(self, slot: int) -> Moved:
-        """Copy one block to another slot of its size."""
+        """Copy one block to another slot of its size, which is charged to nobody: the old one goes at once."""
         record_bytes = self.ram.slab.slot_bytes(slot)
         if record_bytes is None:
             return Moved.GONE

@@ -10,6 +10,7 @@ from kvpool.blocks.identity import BlockKey, ModelIdentity, checked_extra_keys
 from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.tokens import Tokens, token_bytes
 from kvpool.blocks.transfer import BlockSource
+from kvpool.errors import InputError
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import BlockStored
@@ -17,6 +18,7 @@ from kvpool.pool.explain import Explainer
 from kvpool.pool.fetch import WINDOW_BYTES, Fetch, plan
 from kvpool.pool.lease import Lease
 from kvpool.pool.results import BlockReport, Refusal, StoreResult
+from kvpool.prefix.accounts import Grant
 from kvpool.prefix.heads import pinned_keys
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import BATCH_BLOCKS, Pin
@@ -30,7 +32,17 @@ MAX_KNOWN_TENANTS = 10_000
 STORE_BATCH_BYTES = 64 << 20
 REMEMBERED_REFUSALS = 256
 """Refused blocks of one store that `explain` will know about."""
-_LOSS_OF = {Refusal.NO_ROOM: Loss.REFUSED, Refusal.INDEX_FULL: Loss.INDEX_FULL, Refusal.ERASED: Loss.ERASED}
+_LOSS_OF = {
+    Refusal.NO_ROOM: Loss.REFUSED,
+    Refusal.OVER_QUOTA: Loss.OVER_QUOTA,
+    Refusal.INDEX_FULL: Loss.INDEX_FULL,
+    Refusal.ERASED: Loss.ERASED,
+}
+_REFUSAL_OF = {
+    Grant.GIVEN: Refusal.NO_ROOM,
+    Grant.OVER_LIMIT: Refusal.OVER_QUOTA,
+    Grant.OTHERS_GUARANTEE: Refusal.OVER_QUOTA,
+}
 _RATE_WEIGHT = 0.3
 """How much the latest measured prefill counts."""
 
@@ -52,11 +64,17 @@ class Model:
         self._measured = False
         self._rate_lock = threading.Lock()
         self._trees: dict[str, PrefixTree] = {}
+        self._unregistered = False
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
         """Tokens per second that the engine computes: measured, else as configured, else None."""
         return self._prefill_rate
+
+    @property
+    def measured_rate(self) -> float | None:
+        """Tokens per second as `observe_prefill` found; None before."""
+        return self._prefill_rate if self._measured else None
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Tell how long the engine took to compute `tokens` that were not loaded; recent measurements count more."""
@@ -160,12 +178,13 @@ class Model:
         """What brings the blocks that are not in RAM; None where SSD is out, or slower than computing them."""
         engine = self._engine
         record_bytes = self.layout.record_bytes
-        batches = plan(in_ram, on_ssd, record_bytes)
+        batches = plan(in_ram, on_ssd)
         blocks = sum(len(batch.places) for batch in batches)
+        nbytes = sum(len(batch.places) * batch.record_bytes for batch in batches)
         if not blocks or not engine.store.readable:
             return None
         tokens = blocks * self.layout.block_tokens
-        if not engine.store.costs.worth_asking(blocks * record_bytes, tokens, self._prefill_rate):
+        if not engine.store.costs.worth_asking(nbytes, tokens, self._prefill_rate):
             engine.traffic.count_skipped(blocks)
             return None
         return Fetch.begin(
@@ -203,15 +222,23 @@ class Model:
         with self._engine.tenants.lock:
             self._trees = {}
 
+    def unregister(self) -> None:
+        """Nothing can be matched or stored any more. Call with the tenants' lock held."""
+        self._unregistered = True
+        self._trees = {}
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _tree(self, tenant: str) -> PrefixTree:
         tenants = self._engine.tenants
         with tenants.lock:
+            if self._unregistered:
+                raise InputError(f"model {self.name!r} was unregistered: register it again")
             tree = tenants.tree(
                 tenants.tree_id(self.identity.fingerprint, tenant),
                 token_bytes=self._token_bytes,
                 record_bytes=self.layout.record_bytes,
+                model=self.name,
             )
             if len(self._trees) >= MAX_KNOWN_TENANTS:
                 self._trees = {}
@@ -235,27 +262,28 @@ class Model:
             if not self._shrink_index():
                 return stored, Refusal.INDEX_FULL
             count = min(most, total - pin.depth)
-            slots = self._engine.memory.allocate(record_bytes, count)
+            slots, granted = self._engine.memory.allocate(pin.tree.account, record_bytes, count)
             if not slots:
-                return stored, Refusal.NO_ROOM
-            self._fill(slots, pin.depth, source)
+                return stored, _REFUSAL_OF[granted]
+            self._fill(pin, slots, source)
             first = pin.depth
-            refused = self._engine.index.attach(pin, packed, RAM, slots, extras)
-            self._engine.memory.free(refused)
+            charged = len(slots) * record_bytes
+            refused = self._engine.index.attach(pin, packed, RAM, slots, extras, charged=charged)
+            self._engine.memory.drop(refused)
             if pin.tree.erased:
                 return stored, Refusal.ERASED
             stored += len(slots) - len(refused)
             self._after_attach(pin, first, packed)
         return stored, None
 
-    def _fill(self, slots: list[int], first: int, source: BlockSource) -> None:
+    def _fill(self, pin: Pin, slots: list[int], source: BlockSource) -> None:
         """Have the source write payloads into slots; they are freed if it fails."""
         record, end = self._engine.record, PAGE_BYTES + self.layout.payload_bytes
         try:
-            for block, slot in enumerate(slots, first):
+            for block, slot in enumerate(slots, pin.depth):
                 source.read_block(block, record(slot)[PAGE_BYTES:end])
         except BaseException:
-            self._engine.memory.free(slots)
+            self._engine.memory.free(pin.tree.account, slots)
             raise
 
     def _after_attach(self, pin: Pin, first: int, packed: bytes) -> None:
@@ -264,6 +292,7 @@ class Model:
             not engine.settings.second_hit or self._seen_before(pin) or is_between_saved(engine.index, pin, first)
         ):
             engine.writer.want(pin, pin.depth)
+        engine.ram_encoder.want(pin.node)
         if engine.events.active:
             parent, *keys = pinned_keys(engine.index, pin, first)
             run = packed[first * self._token_bytes : pin.depth * self._token_bytes]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from kvpool.api import KVCachePool
-from kvpool.blocks.identity import Fingerprint, ModelIdentity, TenantDigest
+from kvpool.api.codec import Codec
+from kvpool.blocks.identity import Fingerprint, ModelIdentity
+from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config, with_live_changes
+from kvpool.config.runtime import QuotaConfig
 from kvpool.errors import InputError
 from kvpool.pool.assembly import assemble, live_settings, notices, sharing_rules
 from kvpool.pool.chores import Chores
@@ -23,15 +26,18 @@ from kvpool.pool.explain import Explainer
 from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
-from kvpool.pool.registry import Registry
+from kvpool.pool.quotas import LEVEL_OF, check_guarantees, quotas_of
+from kvpool.pool.registry import Registry, Terms
 from kvpool.pool.restoring import distrust, use_tier
-from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport
+from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, UnregisterReport
 from kvpool.pool.shared_file import load_shared, save_shared
 from kvpool.pool.snapshot import snapshot
 from kvpool.pool.stats import PoolStats
+from kvpool.prefix.history import Loss
 from kvpool.prefix.index import LEVEL_NAMES
+from kvpool.prefix.node import RAM, SSD
 from kvpool.prefix.sharing import SharedPrefix, top_shared
-from kvpool.prefix.tree import PrefixTree
+from kvpool.prefix.tree import PrefixTree, TreeId
 from kvpool.resilience import Degradation
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
@@ -58,22 +64,23 @@ class Pool:
         self._directory = directory
         self._registry = Registry.load(directory.path)
         self._models: dict[Fingerprint, Model] = {}
-        self._payload_bytes = {known.fingerprint: known.layout.payload_bytes for known in self._registry.known()}
         self._models_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._closed = False
         self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
+        self._encoder = Housekeeper("encoder")
         self._engine: Engine = assemble(
             config,
             directory,
             load_history(directory.history, is_new=directory.is_new),
-            payload_bytes_of=self._payload_bytes.get,
+            identity_of=self._registry.identity,
+            is_unregistered=self._registry.is_unregistered,
             wake=self._memory_keeper.wake,
             disk=disk,
         )
         self._engine.shared_marks = load_shared(directory.path)
         self._explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
-        self._chores = Chores(self._engine, self._payload_bytes.get, self._forget_trees)
+        self._chores = Chores(self._engine, self._forget_trees)
 
     @classmethod
     def open(
@@ -116,19 +123,57 @@ class Pool:
     def register(self, spec: ModelSpec) -> Model:
         """Return the model of this identity, made if need be, and remembered by name in the pool's directory.
 
-        Raises `InputError` where its blocks are not of the size that the pool is configured for, or too large for RAM.
+        Registering it again with other quotas or codecs takes those over. Raises `InputError` where its blocks are not
+        of the size that the pool is configured for, or too large for RAM, or where it is given quotas for a tier that
+        has none, and `ConfigError` where guarantees do not fit.
         """
         identity = spec.identity
         self._engine.gate.check()
         self._check_layout(identity)
+        terms = self._checked_terms(spec)
         with self._models_lock:
             known = self._models.get(identity.fingerprint)
-        if known is not None:
+        if known is not None and terms is None:
             return known
-        self._registry.remember(identity)
+        if terms is not None and terms.quotas:
+            self._set_quotas(self.config, {**self._registry.quotas(), identity.name: terms.quotas})
+        self._registry.remember(identity, terms)
+        self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
+        self._engine.wake()
         with self._models_lock:
             known = self._models.get(identity.fingerprint)
             return known or self._add_model(identity, spec.prefill_tokens_per_second)
+
+    def unregister(self, name: str, *, fingerprint: Fingerprint | None = None) -> UnregisterReport:
+        """Forget the model of this name, all its revisions or the one of that `fingerprint`, and give its bytes back.
+
+        From before this returns, nothing of it can be matched or stored; what is being read goes when its leases end.
+        Raises `InputError` that says which names are known.
+        """
+        engine = self._engine
+        with engine.gate:
+            leaving = [
+                identity.fingerprint
+                for identity in self._known(name)
+                if fingerprint is None or identity.fingerprint == fingerprint
+            ]
+            if not leaving:
+                raise InputError(f"model {name!r} has no revision with fingerprint {(fingerprint or b'').hex()}")
+            with engine.tenants.lock:
+                with self._models_lock:
+                    models = [self._models.pop(gone) for gone in leaving if gone in self._models]
+                for model in models:
+                    model.unregister()
+                self._registry.forget(leaving)
+                trees = self._trees_of(lambda tree_id: tree_id.fingerprint in leaving)
+                for tree in trees:
+                    engine.index.erase(tree, Loss.UNREGISTERED)
+            self._set_quotas(self.config)
+            for gone in leaving:
+                engine.encodings.forget(gone)
+            blocks, nbytes, leased = self._bury(lambda tree: tree.id.fingerprint in leaving)
+            engine.index.close_account(name)
+        return UnregisterReport(blocks=blocks, bytes=nbytes, leased_blocks=leased)
 
     def model(self, name: str) -> Model:
         """Return the model of this name that was registered last, by this process or an earlier one.
@@ -136,11 +181,7 @@ class Pool:
         Raises `InputError` that says which names are known, and as `register` does.
         """
         self._engine.gate.check()
-        identities = self._registry.by_name(name)
-        if not identities:
-            names = sorted({identity.name for identity in self._registry.known()})
-            known = f"known are {', '.join(names)}" if names else "none was ever registered here"
-            raise InputError(f"model {name!r} is not known to the pool in {self.directory}; {known}")
+        identities = self._known(name)
         self._check_layout(identities[0])
         with self._models_lock:
             known_model = self._models.get(identities[0].fingerprint)
@@ -187,9 +228,10 @@ class Pool:
             with tenants.lock:
                 for model in self.models():
                     model.forget_tree(tenant)
-                for tree in self._trees_before(digest, epoch):
+                for tree in self._trees_of(lambda tree_id: tree_id.tenant == digest and tree_id.epoch < epoch):
                     self._engine.index.erase(tree)
-            return self._bury(digest, epoch)
+            blocks, nbytes, leased = self._bury(lambda tree: tree.id.tenant == digest)
+        return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
 
     def reload(self, config: RuntimeConfig) -> ReloadReport:
         """Take over what of `config` can change while the pool is open; the report names what cannot."""
@@ -226,6 +268,9 @@ class Pool:
 
     def _start(self) -> None:
         engine = self._engine
+        for identity in self._registry.known():
+            self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
+        self._set_quotas(self.config)
         tier = engine.store.open()
         if tier is not None:
             use_tier(engine, tier)
@@ -236,6 +281,8 @@ class Pool:
             _log.warning("%s", notice)
         self._memory_keeper.start(self._chores.in_memory())
         self._disk_keeper.start(self._chores.on_disk())
+        engine.ram_encoder.wake = self._encoder.wake
+        self._encoder.start([engine.ram_encoder.run])
 
     def _close(self, deadline_s: float) -> None:
         """Whatever happens on the way, also Ctrl-C, everything below is given back."""
@@ -244,6 +291,7 @@ class Pool:
         with ExitStack() as stack:
             stack.callback(self._note_closed)
             stack.callback(self._directory.close)
+            stack.callback(self._keep_rates)
             stack.callback(engine.ram.close)
             stack.callback(engine.events.close)
             stack.callback(_by, until_s, self._close_ssd)
@@ -253,6 +301,7 @@ class Pool:
             stack.callback(engine.writer.close, until_s)
             stack.callback(self._disk_keeper.close, until_s)
             stack.callback(self._memory_keeper.close, until_s)
+            stack.callback(self._encoder.close, until_s)
             engine.gate.wait_empty(GRACE_S)
             self._flush_to_close(deadline_s)
 
@@ -275,20 +324,68 @@ class Pool:
     def _note_closed(self) -> None:
         self._closed = True
 
+    def _keep_rates(self) -> None:
+        measured = {model.identity.fingerprint: model.measured_rate for model in self.models()}
+        self._registry.keep_rates({known: rate for known, rate in measured.items() if rate is not None})
+
     def _forget_trees(self) -> None:
         for model in self.models():
             model.forget_trees()
 
-    def _trees_before(self, tenant: TenantDigest, epoch: int) -> list[PrefixTree]:
+    def _trees_of(self, is_wanted: Callable[[TreeId], bool]) -> list[PrefixTree]:
         with self._engine.index.lock:
-            trees = self._engine.index.trees
-            return [tree for tree_id, tree in trees.items() if tree_id.tenant == tenant and tree_id.epoch < epoch]
+            return [tree for tree_id, tree in self._engine.index.trees.items() if is_wanted(tree_id)]
+
+    def _known(self, name: str) -> list[ModelIdentity]:
+        """The revisions of a model, the one registered last first; at least one. Raises `InputError`."""
+        identities = self._registry.by_name(name)
+        if not identities:
+            names = sorted({identity.name for identity in self._registry.known()})
+            known = f"known are {', '.join(names)}" if names else "none was ever registered here"
+            raise InputError(f"model {name!r} is not known to the pool in {self.directory}; {known}")
+        return identities
+
+    def _checked_terms(self, spec: ModelSpec) -> Terms | None:
+        """What the model is to be registered with; None: as it was."""
+        for tier in spec.quotas:
+            if tier not in LEVEL_OF or (tier is TierName.SSD and self.config.ssd is None):
+                raise InputError(f"model {spec.identity.name!r} has a quota for {tier}, which this pool does not keep")
+        for tier, codec in spec.codecs.items():
+            if tier not in (TierName.RAM, TierName.SSD):
+                raise InputError(f"model {spec.identity.name!r} has codec {codec} for {tier}; choose it for ram or ssd")
+        if not (spec.quotas or spec.codecs):
+            return None
+        rate = self._registry.terms(spec.identity.fingerprint).prefill_tokens_per_second
+        return Terms(quotas=dict(spec.quotas), codecs=dict(spec.codecs), prefill_tokens_per_second=rate)
+
+    def _use_codecs(self, fingerprint: Fingerprint, codecs: Mapping[TierName, Codec]) -> None:
+        self._engine.encodings.use(fingerprint, {LEVEL_OF[tier]: codec for tier, codec in codecs.items()})
+
+    def _set_quotas(
+        self, config: RuntimeConfig, registered: Mapping[str, Mapping[TierName, QuotaConfig]] | None = None
+    ) -> None:
+        """Put quotas into force. Raises `ConfigError` where guarantees do not fit: nothing is changed then."""
+        known = self._registry.quotas() if registered is None else registered
+        quotas = quotas_of(config, known)
+        ssd_bytes = config.ssd.capacity_bytes if config.ssd else 0
+        check_guarantees(
+            quotas,
+            RAM,
+            capacity_bytes=config.ram.capacity_bytes,
+            extent_bytes=self._engine.ram.slab.extent_bytes,
+            path="models[].quotas.ram.guaranteed",
+        )
+        if config.ssd:
+            check_guarantees(
+                quotas, SSD, capacity_bytes=ssd_bytes, extent_bytes=PAGE_BYTES, path="models[].quotas.ssd.guaranteed"
+            )
+        self._engine.index.set_quotas(quotas, [0, config.ram.capacity_bytes, ssd_bytes])
 
     def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
         if prefill_tokens_per_second is None:
             named = [model for model in self.config.models if model.name == identity.name]
-            prefill_tokens_per_second = named[0].prefill_tokens_per_second if named else None
-        self._payload_bytes[identity.fingerprint] = identity.layout.payload_bytes
+            measured = self._registry.terms(identity.fingerprint).prefill_tokens_per_second
+            prefill_tokens_per_second = measured or (named[0].prefill_tokens_per_second if named else None)
         model = Model(
             self._engine, identity, self._explainer, prefill_tokens_per_second=prefill_tokens_per_second
         )  # fmt: skip
@@ -308,7 +405,8 @@ class Pool:
                 f"{self._engine.ram.capacity_bytes}: raise it, or lower blockTokens"
             )
 
-    def _bury(self, digest: TenantDigest, epoch: int) -> EraseReport:
+    def _bury(self, is_wanted: Callable[[PrefixTree], bool]) -> tuple[dict[TierName, int], dict[TierName, int], int]:
+        """Give back what was erased: blocks and bytes per tier, and how many blocks of these trees are leased still."""
         engine = self._engine
         blocks = dict.fromkeys((TierName.RAM, TierName.SSD), 0)
         nbytes = dict(blocks)
@@ -319,12 +417,13 @@ class Pool:
                 blocks[tier] += 1
                 nbytes[tier] += copy.record_bytes
         with engine.index.lock:
-            trees = [tree for tree in engine.index.buried_trees() if tree.id.tenant == digest]
+            trees = [tree for tree in engine.index.buried_trees() if is_wanted(tree)]
             leased = sum(node.leased_to() - node.start for tree in trees for node in tree.nodes())
-        return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
+        return blocks, nbytes, leased
 
     def _apply(self, config: RuntimeConfig) -> None:
         engine = self._engine
+        self._set_quotas(config)
         if config.ssd is not None:
             engine.store.resize(config.ssd)
         engine.settings = live_settings(config)

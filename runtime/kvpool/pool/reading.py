@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvpool.blocks.record import Buffer, CorruptRecordError, Head, open_record
+from kvpool.pool.encodings import Encodings
 from kvpool.pool.memory import Memory
 from kvpool.pool.ssd_store import SsdStore, TierOutError
+from kvpool.prefix.accounts import Account
 from kvpool.tiers.ssd.place import bytes_of, offset_of, segment_of
 
 UNREADABLE = "unreadable"
@@ -26,13 +28,15 @@ _log = logging.getLogger(__name__)
 class ReadJob:
     """Some records of one chain, to be read side by side into RAM slots."""
 
-    __slots__ = ("_abandoned", "_lock", "done", "faults", "heads", "nbytes", "places", "progress_s", "slots")
+    __slots__ = ("_abandoned", "_lock", "account", "done", "faults", "heads", "nbytes", "places", "progress_s", "slots")
 
-    def __init__(self, places: Sequence[int], slots: list[int], heads: Sequence[Head]) -> None:
+    def __init__(self, places: Sequence[int], slots: list[int], heads: Sequence[Head], account: Account) -> None:
         self.places = places
         self.slots = slots
         self.heads = heads
-        self.nbytes = sum(head.record_bytes for head in heads)
+        self.account = account
+        """Whom the slots are charged to."""
+        self.nbytes = sum(map(bytes_of, places[: len(slots)]))
         self.faults: list[str | None] = []
         """Once done, per record: None, or why it is not the one that was asked for."""
         self.progress_s = 0.0
@@ -63,9 +67,10 @@ class ReadJob:
 class Readers:
     """A few threads that run jobs in the order in which they came."""
 
-    def __init__(self, store: SsdStore, memory: Memory, *, threads: int = 2) -> None:
+    def __init__(self, store: SsdStore, memory: Memory, encodings: Encodings, *, threads: int = 2) -> None:
         self._store = store
         self._memory = memory
+        self._encodings = encodings
         self._jobs: queue.SimpleQueue[ReadJob | None] = queue.SimpleQueue()
         self._count_lock = threading.Lock()
         self.pending = 0
@@ -120,7 +125,7 @@ class Readers:
             with self._count_lock:
                 self.pending -= 1
             if job.finish(faults + [TIER_OUT] * (len(job.places) - len(faults))):
-                self._memory.free(job.slots)
+                self._memory.free(job.account, job.slots)
 
     def _read(self, job: ReadJob, faults: list[str | None]) -> None:
         """Read and verify the records, those that lie side by side at once; what became of them is added to `faults`.
@@ -132,7 +137,15 @@ class Readers:
             job.progress_s = self._store.clock()
             arrived = self._store.read(job.places[run], buffers[run])
             for buffer, head, came in zip(buffers[run], job.heads[run], arrived, strict=True):
-                faults.append(_fault(buffer, head) if came else UNREADABLE)
+                faults.append(self._fault(buffer, head) if came else UNREADABLE)
+
+    def _fault(self, buffer: Buffer, head: Head) -> str | None:
+        """Why the bytes are not the record's, or not to be served; None when they are."""
+        try:
+            self._encodings.check(open_record(buffer, head), buffer)
+        except CorruptRecordError as error:
+            return error.reason.value
+        return None
 
 
 def side_by_side(places: Sequence[int]) -> Iterator[slice]:
@@ -146,12 +159,3 @@ def side_by_side(places: Sequence[int]) -> Iterator[slice]:
                 continue
         yield slice(first, at)
         first = at
-
-
-def _fault(buffer: Buffer, head: Head) -> str | None:
-    """Why the bytes are not the record's; None when they are."""
-    try:
-        open_record(buffer, head)
-    except CorruptRecordError as error:
-        return error.reason.value
-    return None

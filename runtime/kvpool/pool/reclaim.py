@@ -20,6 +20,7 @@ from kvpool.prefix.node import SSD, Node
 from kvpool.prefix.reclaiming import (
     Living,
     drop_cold,
+    is_guaranteed,
     is_leased,
     last_use,
     living,
@@ -152,7 +153,9 @@ class Reclaimer:
         except TierOutError:
             return False
         good = [(record, buffer) for record, buffer in zip(batch, buffers, strict=True) if buffer is not None]
-        places = self._store.write([buffer for _, buffer in good], reclaim=True) if good else []
+        guaranteed = is_guaranteed(batch[0].node)
+        records = [buffer for _, buffer in good]
+        places = self._store.write(records, reclaim=True, guaranteed=guaranteed) if good else []
         moved = len(good) < len(batch)
         for (record, buffer), place in zip(good, places, strict=True):
             if place is None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 
+from kvpool.blocks.record import CODEC_NONE
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.epochs import Epochs
@@ -86,18 +87,40 @@ def distrust(epochs: Epochs, seen: int = 0) -> None:
 def _restore_tree(
     engine: Engine, tier: SsdTier, tree_id: TreeId, records: list[RecoveredRecord], dropped: Counter[str]
 ) -> int:
-    token_bytes, record_bytes = len(records[0].tokens), records[0].record_bytes
-    alike = [record for record in records if record.record_bytes == record_bytes]
+    identity = engine.identity_of(tree_id.fingerprint)
+    if engine.is_unregistered(tree_id.fingerprint):
+        tier.drop([record.place for record in records])
+        dropped["unregistered"] += len(records)
+        return 0
+    alike = [record for record in records if _can_be_served(engine, record)]
+    raw = [record.record_bytes for record in alike if record.codec == CODEC_NONE]
+    record_bytes = identity.layout.record_bytes if identity else next(iter(raw), 0)
+    alike = [record for record in alike if record.codec != CODEC_NONE or record.record_bytes == record_bytes]
+    token_bytes = len(records[0].tokens)
     with engine.tenants.lock:
         if tree_id.epoch != engine.tenants.epochs.of(tree_id.tenant):
             tier.drop([record.place for record in records])
             dropped["erased"] += len(records)
             return 0
-        tree = engine.tenants.tree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes)
+        model = identity.name if identity else ""
+        tree = engine.tenants.tree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes, model=model)
+    if any(record.record_bytes != record_bytes for record in alike):
+        engine.index.expect_encoded(tree)
     restored = restore(engine.index, tree, alike)
-    unlike = [record.place for record in records if record.record_bytes != record_bytes]
+    unlike: list[int] = []
+    if len(alike) < len(records):
+        kept = {record.place for record in alike}
+        unlike = [record.place for record in records if record.place not in kept]
     tier.drop(restored.orphans + restored.duplicates + unlike)
     dropped["orphan"] += len(restored.orphans)
     dropped["duplicate"] += len(restored.duplicates)
-    dropped["length"] += len(unlike)
+    dropped["codec-or-length"] += len(unlike)
     return restored.blocks
+
+
+def _can_be_served(engine: Engine, record: RecoveredRecord) -> bool:
+    """Whether its codec is one that the configuration names: a pool without lossy codecs serves no lossy block."""
+    if record.codec == CODEC_NONE:
+        return True
+    known = engine.identity_of(record.fingerprint) is not None
+    return known and record.codec in engine.encodings.readable(record.fingerprint)

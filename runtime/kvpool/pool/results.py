@@ -1,11 +1,13 @@
 """What the public calls of a pool take and return: plain frozen values, no behaviour."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from kvpool.api.codec import Codec
 from kvpool.blocks.identity import BlockKey, ModelIdentity
+from kvpool.config.runtime import QuotaConfig
 from kvpool.tiers.tier import TierName
 
 
@@ -14,11 +16,15 @@ class ModelSpec:
     """A model as it is registered with a pool.
 
     `prefill_tokens_per_second` is what the engine manages on its hardware, until `Model.observe_prefill` has measured
-    it; None: what the pool's configuration says for a model of this name, if anything.
+    it; None: what was measured by an earlier process, or what the pool's configuration says for a model of this name.
+    `quotas` count where the configuration has none for the name; all revisions of a name share them. `codecs` stand in
+    place of those of the tiers.
     """
 
     identity: ModelIdentity
     prefill_tokens_per_second: float | None = None
+    quotas: Mapping[TierName, QuotaConfig] = field(default_factory=dict)
+    codecs: Mapping[TierName, Codec] = field(default_factory=dict)
 
 
 class LeaseState(StrEnum):
@@ -34,6 +40,8 @@ class Refusal(StrEnum):
 
     NO_ROOM = "no-room"
     """Every block that could make room is leased, or the block is larger than the tier."""
+    OVER_QUOTA = "over-quota"
+    """Its model is at its limit with all that it holds leased, or what others are guaranteed leaves no more to it."""
     INDEX_FULL = "index-full"
     """`ram.indexBytes` is used up by leased blocks."""
     ERASED = "erased"
@@ -64,6 +72,8 @@ class Verdict(StrEnum):
     REFUSED = "refused"
     INDEX_FULL = "index-full"
     ERASED = "erased"
+    UNREGISTERED = "unregistered"
+    OVER_QUOTA = "over-quota"
     OTHER_FINGERPRINT = "other-fingerprint"
     """The same tokens are held for a model of this name whose weights, revision or layout differ."""
     UNKNOWN = "unknown"
@@ -90,6 +100,18 @@ class EraseReport:
     """
 
     epoch: int
+    blocks: Mapping[TierName, int]
+    bytes: Mapping[TierName, int]
+    leased_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnregisterReport:
+    """What unregistering a model gave back, per tier.
+
+    `leased_blocks` are still being read: they go when their leases end, and can be matched by nobody meanwhile.
+    """
+
     blocks: Mapping[TierName, int]
     bytes: Mapping[TierName, int]
     leased_blocks: int

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from kvpool.api.codec import Codec
 from kvpool.pool.engine import Engine
 from kvpool.pool.model import Model
-from kvpool.pool.stats import IndexStats, ModelStats, PoolStats, RestoreStats, TierStats, WriteBehindStats
+from kvpool.pool.stats import (
+    AccountStats,
+    EncodingStats,
+    IndexStats,
+    ModelStats,
+    PoolStats,
+    RestoreStats,
+    ShareStats,
+    TierStats,
+    WriteBehindStats,
+)
+from kvpool.prefix.accounts import UNLIMITED, Account
 from kvpool.prefix.node import RAM, SSD
 from kvpool.resilience import Degradation, mode
 from kvpool.tiers.tier import TierName
@@ -14,7 +27,7 @@ from kvpool.tiers.tier import TierName
 
 def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: Iterable[Degradation]) -> PoolStats:
     """Return all counters as they are now. Counts of different parts may be of slightly different moments."""
-    index, traffic = engine.index, engine.traffic
+    index, traffic, store = engine.index, engine.traffic, engine.store
     shared = {TierName.RAM: index.shared_bytes[RAM], TierName.SSD: index.shared_bytes[SSD]}
     return PoolStats(
         name=name,
@@ -48,6 +61,32 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
             )
             for model in models
         ),
+        accounts=tuple(_account(account, store.configured) for account in list(index.ledger.accounts.values())),
+        encoding=EncodingStats(
+            encoded_blocks=_plain(engine.encodings.encoded_blocks),
+            raw_bytes=_plain(engine.encodings.raw_bytes),
+            encoded_bytes=_plain(engine.encodings.encoded_bytes),
+            kept_raw_blocks=dict(engine.encodings.kept_raw),
+        ),
+    )
+
+
+def _account(account: Account, has_ssd: bool) -> AccountStats:
+    levels = {TierName.RAM: RAM, TierName.SSD: SSD} if has_ssd else {TierName.RAM: RAM}
+    return AccountStats(
+        name=account.name,
+        asked_blocks=account.asked_blocks,
+        matched_blocks=account.matched_blocks,
+        tiers={
+            tier: ShareStats(
+                blocks=account.copies[level],
+                used_bytes=account.bytes[level],
+                in_flight_bytes=account.in_flight[level],
+                guaranteed_bytes=account.quotas[level].guaranteed,
+                limit_bytes=None if account.quotas[level].limit == UNLIMITED else account.quotas[level].limit,
+            )
+            for tier, level in levels.items()
+        },
     )
 
 
@@ -96,3 +135,7 @@ def _write_behind(engine: Engine) -> WriteBehindStats:
         rewritten_blocks=reclaimer.rewritten_blocks,
         rewritten_bytes=reclaimer.rewritten_bytes,
     )
+
+
+def _plain(counts: Counter[Codec]) -> dict[str, int]:
+    return {codec.value: count for codec, count in counts.items()}

@@ -141,15 +141,18 @@ class SsdStore:
         self.costs.observe(came, now - started)
         return arrived
 
-    def write(self, records: Sequence[Buffer], *, reclaim: bool = False) -> list[int | None]:
-        """Write sealed records; None for each that was not written. Blocks: for background threads only."""
+    def write(self, records: Sequence[Buffer], *, reclaim: bool = False, guaranteed: bool = False) -> list[int | None]:
+        """Write sealed records; None for each that was not written. Blocks: for background threads only.
+
+        `reclaim` and `guaranteed` as in `SsdTier.put`.
+        """
         tier = self.tier
         if tier is None:
             return [None] * len(records)
         thread = threading.get_ident()
         self._writing_since[thread] = self.clock()
         try:
-            places = tier.put(records, reclaim=reclaim)
+            places = tier.put(records, reclaim=reclaim, guaranteed=guaranteed)
         except TierUnavailableError as error:
             self._trip(self.writes, error.reason)
             return [None] * len(records)

@@ -66,6 +66,44 @@ class ModelStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShareStats:
+    """What one model holds of one tier, in encoded bytes, and its quota. `limit_bytes` None: the tier's capacity."""
+
+    blocks: int
+    used_bytes: int
+    in_flight_bytes: int
+    """Charged, and not yet entered: being stored, read or encoded."""
+    guaranteed_bytes: int
+    limit_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccountStats:
+    """All revisions of one model together."""
+
+    name: str
+    asked_blocks: int
+    matched_blocks: int
+    tiers: Mapping[TierName, ShareStats]
+
+    @property
+    def hit_ratio(self) -> float:
+        """Matched blocks of those that were asked for, 0 to 1."""
+        return self.matched_blocks / self.asked_blocks if self.asked_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingStats:
+    """What codecs did, by codec; blocks that had to be kept as they are, by reason."""
+
+    encoded_blocks: Mapping[str, int]
+    raw_bytes: Mapping[str, int]
+    """Records before they were encoded."""
+    encoded_bytes: Mapping[str, int]
+    kept_raw_blocks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreStats:
     """What start-up found on SSD. `dropped` counts records and files that were not taken, by reason."""
 
@@ -100,6 +138,8 @@ class PoolStats:
     index: IndexStats
     restored: RestoreStats
     models: tuple[ModelStats, ...]
+    accounts: tuple[AccountStats, ...]
+    encoding: EncodingStats
 
     @property
     def hit_ratio(self) -> float:

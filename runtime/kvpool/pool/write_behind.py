@@ -12,14 +12,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from kvpool.blocks.identity import Fingerprint
-from kvpool.blocks.record import seal
+from kvpool.pool.copies import Copies
 from kvpool.pool.events import EventBus
 from kvpool.pool.memory import Memory
 from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.sealing import Sealer
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix import saving
+from kvpool.prefix.accounts import Account, Grant
 from kvpool.prefix.index import Pin, PrefixIndex
-from kvpool.prefix.node import Node
+from kvpool.prefix.node import SSD, Node
+from kvpool.prefix.reclaiming import evict_own
 from kvpool.prefix.saving import Idle, Run
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import TierName
@@ -31,15 +34,17 @@ _log = logging.getLogger(__name__)
 
 
 class WriteBehind:
-    """The queue and its writer threads. `layouts` tells a model's payload bytes, None where the model is unknown."""
+    """The queue and its writer threads. `payload_bytes_of` a model is None where the model is unknown."""
 
     def __init__(
         self,
         index: PrefixIndex,
         memory: Memory,
         store: SsdStore,
+        copies: Copies,
         reclaimer: Reclaimer,
         events: EventBus,
+        sealer: Sealer,
         *,
         payload_bytes_of: Callable[[Fingerprint], int | None],
         threads: int = 2,
@@ -49,6 +54,8 @@ class WriteBehind:
         self._store = store
         self._reclaimer = reclaimer
         self._events = events
+        self._sealer = sealer
+        self._copies = copies
         self._payload_bytes_of = payload_bytes_of
         self._queue: deque[Node] = deque()
         self._deferred: list[Node] = []
@@ -171,25 +178,42 @@ class WriteBehind:
                 return run
             node = run.wanted
             written += len(run.places)
-            if not self._write(run):
-                self._drop(node, "refused")
+            if (reason := self._write(run)) is not None:
+                self._drop(node, reason)
                 return Idle.DONE
         return Idle.DONE
 
-    def _write(self, run: Run) -> bool:
-        """Write one run; False when not all of it was taken."""
+    def _write(self, run: Run) -> str | None:
+        """Write one run; why not all of it was taken, if so."""
         written: list[int | None] = [None] * len(run.places)
+        sizes: list[int] = []
+        granted = 0
         try:
-            records = [self._memory.ram.record(place) for place in run.places]
-            for record, head in zip(records, run.heads, strict=True):
-                seal(record, head)
-            written = self._append(records)
+            with self._sealer.sealed(run) as records:
+                sizes = [len(record) for record in records]
+                granted = self._charge(run.pin.tree.account, sizes)
+                if granted:
+                    written[:granted] = self._append(records[:granted])
         finally:
-            refused = saving.finish(self._index, run, written)
+            refused = saving.finish(self._index, run, written, charged=sum(sizes[:granted]))
             self._store.drop(refused)
-            self._count(run, [place in refused or place is None for place in written])
+            self._count(run, [place in refused or place is None for place in written], sizes)
             saving.end(self._index, run)
-        return None not in written
+        if granted < len(sizes):
+            return "over-quota"
+        return "refused" if None in written else None
+
+    def _charge(self, account: Account, sizes: list[int]) -> int:
+        """How many of the records the model may have on SSD, once it has given up what it can of its own there."""
+        granted, why = self._index.charge(account, SSD, sizes)
+        while granted < len(sizes) and why is Grant.OVER_LIMIT:
+            gone = evict_own(self._index, account, sum(sizes[granted:]))
+            if not gone:
+                break
+            self._copies.release(gone)
+            more, why = self._index.charge(account, SSD, sizes[granted:])
+            granted += more
+        return granted
 
     def _append(self, records: list[Bytes]) -> list[int | None]:
         """Write records, as far as there is room; one that finds none in the open segment has another one freed."""
@@ -209,15 +233,15 @@ class WriteBehind:
         self._store.drop([place for place in written[taken:] if place is not None])
         return written[:taken] + [None] * (len(written) - taken)
 
-    def _count(self, run: Run, missing: list[bool]) -> None:
+    def _count(self, run: Run, missing: list[bool], sizes: list[int]) -> None:
         """While the run is leased, so that no event of its removal comes before that of its storing.
 
         `missing` are the blocks that were not written, or for which the index has no use any more.
         """
-        tree = run.pin.tree
+        saved_bytes = sum(nbytes for nbytes, is_missing in zip(sizes, missing, strict=False) if not is_missing)
         with self._changed:
             self.saved_blocks += missing.count(False)
-            self.saved_bytes += missing.count(False) * tree.record_bytes
+            self.saved_bytes += saved_bytes
         if self._events.active:
             heads = [head for head, is_missing in zip(run.heads, missing, strict=True) if not is_missing]
             self._events.publish_stored(heads, TierName.SSD)

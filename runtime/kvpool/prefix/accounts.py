@@ -11,7 +11,7 @@ Guarded by the index's lock; only `kvpool.prefix` writes the counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -35,7 +35,17 @@ Quotas = Mapping[str, Mapping[int, Quota]]
 class Account:
     """One model's. `candidates` are what of it may be evicted, per level."""
 
-    __slots__ = ("bytes", "candidates", "copies", "in_flight", "leased", "name", "quotas")
+    __slots__ = (
+        "asked_blocks",
+        "bytes",
+        "candidates",
+        "copies",
+        "in_flight",
+        "leased",
+        "matched_blocks",
+        "name",
+        "quotas",
+    )
 
     def __init__(self, name: str, candidates: list[Candidates]) -> None:
         self.name = name
@@ -47,14 +57,16 @@ class Account:
         self.in_flight = [0, 0, 0]
         self.leased = [0, 0, 0]
         """Bytes of copies that a lease holds; 0 while the ledger does not guard."""
+        self.asked_blocks = 0
+        self.matched_blocks = 0
 
     def excess(self, level: int) -> int:
         """Bytes above what is guaranteed; negative below."""
         return self.bytes[level] - self.quotas[level].guaranteed
 
-    def surplus(self, level: int, nbytes: int = 0) -> int:
-        """Bytes that it holds fast, with `nbytes` more, above what is guaranteed to it; negative below."""
-        return self.leased[level] + self.in_flight[level] + nbytes - self.quotas[level].guaranteed
+    def surplus(self, level: int) -> int:
+        """Bytes that it holds fast above what is guaranteed to it; negative below."""
+        return self.leased[level] + self.in_flight[level] - self.quotas[level].guaranteed
 
     def room(self, level: int) -> int:
         """Bytes left to its limit; negative above it."""
@@ -62,7 +74,7 @@ class Account:
 
 
 class Grant(Enum):
-    """Whether a model may have more bytes of a tier."""
+    """Whether a model may have as many bytes of a tier as it wants."""
 
     GIVEN = auto()
     OVER_LIMIT = auto()
@@ -108,36 +120,44 @@ class Ledger:
             self._guaranteed[level] = sum(by_level.get(level, Quota()).guaranteed for by_level in quotas.values())
         self.guards = any(self._guaranteed)
 
-    def overdraft(self, account: Account, level: int, nbytes: int = 0) -> int:
-        """By how many bytes the account, with `nbytes` more, would hold fast what is guaranteed to others."""
-        own = account.surplus(level, nbytes)
-        if own <= 0:
-            return 0
+    def overdraft(self, account: Account, level: int) -> int:
+        """How many bytes the account holds fast of what is guaranteed to others."""
+        return min(max(0, account.surplus(level)), max(0, -self.headroom(account, level)))
+
+    def headroom(self, account: Account, level: int) -> int:
+        """How many bytes more the account may hold fast: leased, or in flight."""
         others = sum(max(0, other.surplus(level)) for other in self.accounts.values() if other is not account)
-        return min(own, max(0, own + others + self._guaranteed[level] - self.capacities[level]))
+        return self.capacities[level] - self._guaranteed[level] - others - account.surplus(level)
 
-    def grant(self, account: Account, level: int, nbytes: int) -> Grant:
-        """Charge `nbytes` that are about to be allocated, if the account may have them."""
-        if account.room(level) < nbytes:
-            return Grant.OVER_LIMIT
-        if self.guards and self.overdraft(account, level, nbytes):
-            return Grant.OTHERS_GUARANTEE
-        account.in_flight[level] += nbytes
-        return Grant.GIVEN
+    def charge(self, account: Account, level: int, sizes: Sequence[int]) -> tuple[int, Grant]:
+        """Charge records of these sizes that are about to be allocated: how many of them, and why not all."""
+        room, why = account.room(level), Grant.OVER_LIMIT
+        if self.guards and (headroom := self.headroom(account, level)) < room:
+            room, why = headroom, Grant.OTHERS_GUARANTEE
+        charged = granted = 0
+        for nbytes in sizes:
+            if charged + nbytes > room:
+                break
+            charged += nbytes
+            granted += 1
+        account.in_flight[level] += charged
+        return granted, Grant.GIVEN if granted == len(sizes) else why
 
-    def victims(self, level: int, requester: Account | None) -> list[Account]:
-        """Whose blocks may go, in the order in which they should.
+    def victim(self, level: int, requester: Account | None, *, spare_protected: bool) -> Node | None:
+        """Take the node that should lose its last block at `level`, no longer on offer; None when none may.
 
-        Where something is guaranteed at this level, those furthest above their guarantee first, and those within it not
-        at all, but the requester: it may always give up its own. Else whose next victim is the oldest.
+        Where something is guaranteed at this level, one of a model as far as possible above its guarantee, never of one
+        within it, but of the requester: it may always give up its own. Else the one used longest ago.
         """
         accounts = [account for account in self.accounts.values() if account.bytes[level]]
-        if self._guaranteed[level]:
-            able = [account for account in accounts if account.excess(level) > 0 or account is requester]
-            return sorted(able, key=lambda account: (account.excess(level) <= 0, -account.excess(level)))
-        if len(accounts) > 1:
-            accounts.sort(key=lambda account: _age(account.candidates[level]))
-        return accounts
+        if not self._guaranteed[level]:
+            return _oldest([account.candidates[level] for account in accounts], spare_protected=spare_protected)
+        able = [account for account in accounts if account.excess(level) > 0 or account is requester]
+        for account in sorted(able, key=lambda account: (account.excess(level) <= 0, -account.excess(level))):
+            node = account.candidates[level].take(spare_protected=spare_protected)
+            if node is not None:
+                return node
+        return None
 
     def over_limit(self, level: int) -> list[tuple[Account, int]]:
         """Who holds more than its limit, and by how many bytes."""
@@ -157,7 +177,27 @@ class Ledger:
         return Candidates(level, self._make_policy, protects=self._protects, is_protected=self._is_protected)
 
 
-def _age(candidates: Candidates) -> tuple[bool, int]:
-    """Of the victim that the policy would choose next; a model without one comes last."""
-    age = candidates.next_age()
-    return (age is None, age or 0)
+def _oldest(models: Sequence[Candidates], *, spare_protected: bool) -> Node | None:
+    """Take the node used longest ago of those that the models' policies would choose.
+
+    The ages that policies tell are never later than the true ones. So what turns out to be younger than another may be
+    is offered again, at its true age, and the other one looked at.
+    """
+    if len(models) == 1:
+        return models[0].take(spare_protected=spare_protected)
+    while True:
+        ages = [
+            (age, at)
+            for at, one in enumerate(models)
+            if (age := one.next_age(spare_protected=spare_protected)) is not None
+        ]
+        if not ages:
+            return None
+        chosen = models[min(ages)[1]]
+        node = chosen.take(spare_protected=spare_protected)
+        if node is None:
+            continue
+        age = node.used_at(len(node.places[chosen.level] or ()) - 1)
+        if all(age <= other for other, at in ages if models[at] is not chosen):
+            return node
+        chosen.offer(node)

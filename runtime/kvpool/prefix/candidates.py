@@ -91,10 +91,10 @@ class Candidates:
             self._unpark(node)
             self.offer(node)
 
-    def next_age(self) -> int | None:
-        """When the node that `take` would return was used, about; None when there is none."""
+    def next_age(self, *, spare_protected: bool = False) -> int | None:
+        """When the node that `take` would return was used last, at the earliest; None when there is none."""
         age = self.ordinary.next_age()
-        return self.protected.next_age() if age is None else age
+        return self.protected.next_age() if age is None and not spare_protected else age
 
     def take(self, *, spare_protected: bool = False) -> Node | None:
         """Return the node whose last block at this level goes next, no longer on offer; None when none may go.

@@ -17,6 +17,7 @@ class Loss(StrEnum):
     REFUSED = "refused"
     INDEX_FULL = "index-full"
     ERASED = "erased"
+    UNREGISTERED = "unregistered"
     OVER_QUOTA = "over-quota"
 
 

@@ -170,13 +170,13 @@ class PrefixIndex:
         with self.lock:
             return self._entered(tree)
 
-    def erase(self, tree: PrefixTree) -> None:
-        """From now on nothing of this tree is found or entered. `bury` gives its copies back."""
+    def erase(self, tree: PrefixTree, loss: Loss = Loss.ERASED) -> None:
+        """From now on nothing of this tree is found or entered. `bury` gives its copies back; `loss` is why."""
         with self.lock:
             for victim in (tree, self.trees.get(tree.id)):
                 if victim is not None and not victim.erased:
                     self._give_up(victim)
-                    victim.erased = True
+                    victim.erased, victim.loss = True, loss
                     self._graves.append(_Grave(victim))
 
     def bury(self) -> list[Gone]:
@@ -255,6 +255,7 @@ class PrefixIndex:
                 return
             if uncount:
                 self.matched_blocks -= pin.depth - depth
+                pin.tree.account.matched_blocks -= pin.depth - depth
                 self.shared_hits -= max(0, self._shared_depth(pin) - depth)
             node = target = self._settled(pin)
             while target.start >= depth and target.parent is not None:
@@ -263,15 +264,42 @@ class PrefixIndex:
             self._let_go(node, pin.depth)
             pin.node, pin.depth, pin.key = target, depth, None
 
-    def charge(self, account: Account, level: int, nbytes: int) -> Grant:
-        """Charge bytes that are about to be allocated at `level`, unless the account may not have them."""
+    def charge(self, account: Account, level: int, sizes: Sequence[int]) -> tuple[int, Grant]:
+        """Charge records of these sizes that are about to be allocated: how many of them, and why not all."""
         with self.lock:
-            return self.ledger.grant(account, level, nbytes)
+            return self.ledger.charge(account, level, sizes)
 
     def discharge(self, account: Account, level: int, nbytes: int) -> None:
         """Bytes that were charged were not allocated, or given back without having been entered."""
         with self.lock:
             account.in_flight[level] -= nbytes
+
+    def expect_encoded(self, tree: PrefixTree) -> None:
+        """From now on copies of this tree may be encoded: to be called before the first such copy is entered."""
+        if not tree.encoded:
+            with self.lock:
+                tree.encoded = True
+
+    def close_account(self, model: str) -> None:
+        """Close a model's account, if it holds nothing any more."""
+        with self.lock:
+            self.ledger.close(model)
+
+    def adopt(self, tree: PrefixTree, model: str) -> None:
+        """Charge a tree whose model was not known to that model's account. Holds the lock for the whole tree."""
+        with self.lock:
+            old, tree.model = tree.account, model
+            new = tree.account = self.ledger.account(model)
+            for node in tree.nodes():
+                for level, (before, after) in enumerate(zip(old.candidates, new.candidates, strict=True)):
+                    before.withdraw(node)
+                    after.offer(node)
+                    nbytes = self.size(node, level)
+                    copies = sum(place != NOWHERE for place in node.places[level] or ())
+                    for account, sign in ((old, -1), (new, 1)):
+                        account.bytes[level] += sign * nbytes
+                        account.copies[level] += sign * copies
+            self._recount_leased()
 
     def set_quotas(self, quotas: Quotas, capacities: Sequence[int]) -> None:
         """Replace all quotas; what is above a limit then is for the caller to `evict`.
@@ -503,10 +531,13 @@ class PrefixIndex:
     # -- inside, with the lock held: leases ----------------------------------------------------------------------------
 
     def _count_match(self, node: Node, depth: int, asked: int) -> None:
+        account = node.tree.account
         self.matches += 1
         self.asked_blocks += asked
+        account.asked_blocks += asked
         if depth:
             self.matched_blocks += depth
+            account.matched_blocks += depth
             while not node.shared and node.parent is not None:
                 node = node.parent
             self.shared_hits += min(node.end, depth)
@@ -826,13 +857,8 @@ class PrefixIndex:
 
     def _take_victim(self, level: int, requester: Account | None) -> Node | None:
         """Who goes next: protected blocks after all others, whosever they are."""
-        victims = self.ledger.victims(level, requester)
-        for spare_protected in (True, False):
-            for account in victims:
-                node = account.candidates[level].take(spare_protected=spare_protected)
-                if node is not None:
-                    return node
-        return None
+        node = self.ledger.victim(level, requester, spare_protected=True)
+        return self.ledger.victim(level, requester, spare_protected=False) if node is None else node
 
     def _take_slowest(self) -> tuple[Node, int] | None:
         """Of the slowest level where something may go; what is guaranteed to somebody goes after all else."""
@@ -1064,7 +1090,7 @@ class PrefixIndex:
         if wanted > lost[0] and not node.tree.erased:
             self.unsaved_blocks += sum(at < wanted for at in lost)
         lost_keys = [_key_at(node, at) for at in lost]
-        reason = Loss.ERASED if node.tree.erased else loss
+        reason = node.tree.loss if node.tree.erased else loss
         self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
 
 

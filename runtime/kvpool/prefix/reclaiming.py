@@ -2,7 +2,7 @@
 
 A record goes when nothing deeper in its tree lies on SSD, and its block is either in a faster tier as well or nothing
 deeper is anywhere: so trees lose their leaves, and never a block that others hang on. What is left has to be written
-again elsewhere before the segment is freed. A leased block forbids both.
+again elsewhere before the segment is freed, and so has what is guaranteed to its model. A leased block forbids both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.prefix.accounts import Account
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import BATCH_BLOCKS, Gone, PrefixIndex
 from kvpool.prefix.node import LEVELS, NOWHERE, SSD, Node
@@ -54,6 +55,28 @@ def vacate_leaves(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
         if _child_on_ssd(node) is not None:
             return []
         return _remove_from_end(index, node, lambda at, place: region_of(place) == segment)
+
+
+def evict_own(index: PrefixIndex, account: Account, wanted_bytes: int) -> list[Gone]:
+    """Remove up to 32 of a model's records, for it is at its limit: those used longest ago, the ends of chains first.
+
+    Records of blocks that are in RAM too can go as well, when no others are left: the policy does not offer those, for
+    deeper blocks in RAM hang on them. Empty when nothing may go.
+    """
+    gone = index.evict_own(account, SSD, wanted_bytes)
+    if gone:
+        return gone
+    with index.lock:
+        regions = list(index.residents[SSD])
+    nodes = [node for region in regions for node in residents(index, region) if node.tree.account is account]
+    for node in sorted(nodes, key=lambda node: (node.last_use, -node.start)):
+        with index.lock:
+            if _child_on_ssd(node) is None:
+                most = min(BATCH_BLOCKS, -(-wanted_bytes // node.tree.record_bytes))
+                gone += _remove_from_end(index, node, lambda at, place: True, most=most, loss=Loss.OVER_QUOTA)
+        if gone:
+            break
+    return gone
 
 
 def drop_cold(index: PrefixIndex, node: Node, segment: int, cutoff: float) -> list[Gone]:
@@ -110,8 +133,11 @@ def remove_below(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
         first = inside[0] if leaf is node else 0
         held, leased = leaf.held_to(), leaf.leased_to() - leaf.start
         gone: list[Gone] = []
-        if held > max(leased, first):
-            index._remove_blocks(leaf, max(leased, first, held - BATCH_BLOCKS), Loss.SEGMENT_FREED, gone)
+        if held > max(leased, first) and not is_guaranteed(leaf):
+            last = max(leased, first, held - BATCH_BLOCKS)
+            if leaf.tree.account.quotas[SSD].guaranteed:
+                last = held - 1  # one at a time, so that no more goes than is above the guarantee
+            index._remove_blocks(leaf, last, Loss.SEGMENT_FREED, gone)
         return gone
 
 
@@ -120,15 +146,30 @@ def _child_on_ssd(node: Node) -> Node | None:
     return next((child for child in node.children.values() if child.places[SSD]), None)
 
 
-def _remove_from_end(index: PrefixIndex, node: Node, wanted: Callable[[int, int], bool]) -> list[Gone]:
-    """Remove up to 32 wanted records (index in the edge, place), last first, that can go: see the module."""
+def is_guaranteed(node: Node) -> bool:
+    """Whether all that the node's model holds on SSD is guaranteed to it."""
+    account = node.tree.account
+    return 0 < account.bytes[SSD] <= account.quotas[SSD].guaranteed
+
+
+def _remove_from_end(
+    index: PrefixIndex,
+    node: Node,
+    wanted: Callable[[int, int], bool],
+    *,
+    most: int = BATCH_BLOCKS,
+    loss: Loss = Loss.SEGMENT_FREED,
+) -> list[Gone]:
+    """Remove up to `most` wanted records (index in the edge, place), last first, that can go: see the module."""
     gone: list[Gone] = []
-    while len(gone) < BATCH_BLOCKS and (places := node.places[SSD]) is not None:
+    while len(gone) < most and (places := node.places[SSD]) is not None:
         last = len(places) - 1
         if node.start + last < node.leased_to() or not wanted(last, places[last]):
+            break
+        if is_guaranteed(node) and loss is not Loss.OVER_QUOTA:
             break
         is_last_copy = not any(node.place(last, level) != NOWHERE for level in LEVELS[:SSD])
         if is_last_copy and (node.children or last + 1 < node.held_to()):
             break
-        index._remove(node, last, last + 1, SSD, Loss.SEGMENT_FREED, gone)
+        index._remove(node, last, last + 1, SSD, loss, gone)
     return gone

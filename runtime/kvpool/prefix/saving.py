@@ -123,10 +123,13 @@ def begin(
         return Run(node, pin, target, target.start + first, places, heads)
 
 
-def finish(index: PrefixIndex, run: Run, written: Sequence[int | None]) -> list[int]:
-    """Enter what was written (None where nothing was); the places that are not needed after all."""
+def finish(index: PrefixIndex, run: Run, written: Sequence[int | None], *, charged: int = 0) -> list[int]:
+    """Enter what was written (None where nothing was); the places that are not needed after all.
+
+    `charged` as in `PrefixIndex.attach`.
+    """
     places = [NOWHERE if place is None else place for place in written]
-    refused = index.fill(run.pin, run.first, SSD, places)
+    refused = index.fill(run.pin, run.first, SSD, places, charged=charged)
     with index.lock:
         part: Node | None = run.node
         while part is not None:  # splits may have made several parts of it

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, Fingerprint, KeyChain, TenantDigest
+from kvpool.prefix.history import Loss
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, ChildKey, Node
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class PrefixTree:
         """A record was lost from SSD with others below it: what is used is to be looked at, and saved again."""
         self.erased = False
         """Nothing may be entered any more, and nothing is found."""
+        self.loss = Loss.ERASED
+        """Why that is, if it is."""
 
     def find(self, tokens: bytes) -> tuple[Node, int]:
         """Return the deepest node that `tokens` reaches through blocks with copies, and the depth reached."""

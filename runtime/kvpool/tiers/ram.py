@@ -103,6 +103,10 @@ class RamTier:
         """
         return self.slab.view(place)
 
+    def bytes_of(self, place: int) -> int:
+        """The length of the record at a place; 0 where the place is not in use."""
+        return self.slab.slot_bytes(place) or 0
+
     def put(self, records: Sequence[Buffer]) -> list[int | None]:
         """Copy each record into a place of its own, in order; None where there was no room.
 

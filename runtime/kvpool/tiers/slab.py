@@ -173,6 +173,11 @@ class SlabOf(Generic[View]):
             raise _not_in_use(slot) from None
         return view
 
+    @property
+    def extent_bytes(self) -> int:
+        """About how long an extent is."""
+        return self._extent_bytes
+
     def slot_bytes(self, slot: int) -> int | None:
         """Return the size of a slot in use, None for any other."""
         extent = self._owner.get(slot)
