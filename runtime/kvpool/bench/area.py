@@ -14,6 +14,7 @@ from kvpool.bench.row import Row
 from kvpool.errors import ConfigError
 
 AREAS: Mapping[str, str] = {
+    "codecs": "kvpool.bench.codecs",
     "engine": "kvpool.bench.engine",
     "quality": "kvpool.bench.quality",
     "sharing": "kvpool.bench.sharing",
