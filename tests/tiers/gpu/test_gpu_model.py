@@ -35,6 +35,7 @@ class Block:
     owner: str | None
     byte: int | None = None
     transfers: list[Transfer] = field(default_factory=list)
+    used_by_kernels: bool = False
 
 
 class TierAgainstModel(RuleBasedStateMachine):
@@ -77,11 +78,12 @@ class TierAgainstModel(RuleBasedStateMachine):
         for place in self.idle(picks):
             block = self.blocks[place]
             block.byte = self.new_byte(block.owner)
+            block.used_by_kernels = True
             self.device.queue(self.device.engine_stream, partial(self.tier.payload(place).numpy().fill, block.byte))
 
     @rule(picks=PICKS, wait=st.booleans())
     def upload(self, picks: Sequence[int], wait: bool) -> None:
-        places = self.idle(picks)
+        places = [place for place in self.idle(picks) if not self.blocks[place].used_by_kernels]
         if places:
             payloads = []
             for place in places:

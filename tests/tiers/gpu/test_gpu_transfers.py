@@ -234,6 +234,20 @@ def test_an_upload_waits_for_other_streams_on_which_places_were_dropped() -> Non
     tier.close()
 
 
+def test_an_upload_runs_beside_what_the_engine_has_queued() -> None:
+    device = LateDevice(direct=True)
+    tier = tier_on(device)
+    places = tier.allocate_many(RECORD, 3, "a")
+    device.run()
+    done: list[int] = []
+    device.queue(device.engine_stream, lambda: done.append(1))
+    transfer = tier.upload(places, payloads(3))
+    device.run(*device.streams[1:])
+    assert transfer.done
+    assert done == []
+    tier.close()
+
+
 def test_clearing_waits_for_the_former_owner_and_everybody_waits_for_the_clearing() -> None:
     device = LateDevice(direct=True)
     tier = tier_on(device)

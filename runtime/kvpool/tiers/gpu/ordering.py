@@ -1,13 +1,13 @@
 """What waits for what on the device.
 
-Streams of ours run beside the engine's. So before one of them touches a slot, all must be over that was queued for it:
+Streams of ours run beside the engine's, and wait for events, on the device, never on the host:
 
-- what the engine has queued: kernels that write a slot that is to be copied out, or that still read one that was
-  dropped and belongs to somebody else by now;
-- what was queued on the current stream of a thread that dropped places;
-- the clearing of slots that change hands.
-
-Each is an event, and a stream of ours waits for all of them: on the device, never on the host.
+- a download, for all that the engine and the calling thread have queued: kernels that write what it copies out;
+- an upload, for all that was queued when a place was last dropped, on the engine's stream and on that of the thread
+  that dropped it: kernels may still read a slot that is somebody else's by now. Not for what the engine has queued
+  since, or it could not run beside it; so who wants other bytes in a place that kernels use drops it and takes another;
+- the clearing of slots that change hands, for all of these;
+- and everything, for the clearing.
 
 The other way round, whoever was given cleared slots may write them from the engine's stream or from its own: both wait
 for the clearing.
@@ -38,31 +38,28 @@ class Ordering:
         self._own += streams
         return streams
 
-    def note_current(self) -> None:
-        """What the calling thread has queued so far must be over before places that it drops are used again.
-
-        Of the engine's stream nothing needs to be noted: it is looked at each time.
-        """
-        current = self._device.current_stream()
-        if current != self._device.engine_stream:
-            with self._lock:
-                self._noted[current] = self._device.record(current)
-
-    def hold_back(self, streams: Iterable[Stream]) -> None:
-        """Have streams of ours wait for everything that may concern the slots that they are to touch."""
+    def note_drop(self) -> None:
+        """What is queued so far must be over before places that are being dropped are written again."""
         with self._lock:
-            events = self._pending()
-            for stream in streams:
-                for event in events:
-                    self._device.wait(stream, event)
+            for stream in self._elsewhere():
+                self._noted[stream] = self._device.record(stream)
+
+    def before_upload(self, streams: Iterable[Stream]) -> None:
+        """Have streams of ours wait until what places were dropped and cleared for is over."""
+        with self._lock:
+            self._wait(streams, self._settling())
+
+    def before_download(self, streams: Iterable[Stream]) -> None:
+        """Have streams of ours wait for that, and for all that is queued now."""
+        with self._lock:
+            self._wait(streams, self._settling() + self._queued())
 
     def clear(self, memory: Sequence[Tensor]) -> None:
         """Zero these, after everything else."""
         if not memory:
             return
         with self._lock:
-            for event in self._pending():
-                self._device.wait(self._clearing, event)
+            self._wait([self._clearing], self._settling() + self._queued())
             self._device.clear(self._clearing, memory)
             self._cleared = self._device.record(self._clearing)
 
@@ -76,7 +73,7 @@ class Ordering:
                 if self._cleared is cleared:
                     self._cleared = None
             return
-        for stream in {self._device.engine_stream, self._device.current_stream()}:
+        for stream in self._elsewhere():
             self._device.wait(stream, cleared)
 
     def retire(self, memory: Tensor) -> None:
@@ -85,13 +82,21 @@ class Ordering:
             streams = {*self._own, *self._noted}
         self._device.retire(memory, streams)
 
-    def _pending(self) -> list[Event]:
-        """Lock held."""
+    def _elsewhere(self) -> set[Stream]:
+        """Streams that others queue on: the engine's, and the calling thread's."""
+        return {self._device.engine_stream, self._device.current_stream()}
+
+    def _queued(self) -> list[Event]:
+        return [self._device.record(stream) for stream in self._elsewhere()]
+
+    def _settling(self) -> list[Event]:
+        """Lock held. Those that have passed are forgotten."""
         self._noted = {stream: event for stream, event in self._noted.items() if not event.query()}
-        events = [self._device.record(self._device.engine_stream), *self._noted.values()]
-        current = self._device.current_stream()
-        if current != self._device.engine_stream:
-            events.append(self._device.record(current))
-        if self._cleared is not None:
-            events.append(self._cleared)
-        return [event for event in events if not event.query()]
+        if self._cleared is not None and self._cleared.query():
+            self._cleared = None
+        return [*self._noted.values(), *([] if self._cleared is None else [self._cleared])]
+
+    def _wait(self, streams: Iterable[Stream], events: Sequence[Event]) -> None:
+        for stream in streams:
+            for event in events:
+                self._device.wait(stream, event)

@@ -4,6 +4,7 @@ import threading
 
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.gpu.device import Device, device_faults
+from kvpool.tiers.tier import TierName, TierUnavailableError
 
 
 class StagingBuffer:
@@ -29,6 +30,7 @@ class StagingPool:
         self._lock = threading.Lock()
         self._free: list[StagingBuffer] = []
         self._made = 0
+        self._closed = False
 
     @property
     def reserved_bytes(self) -> int:
@@ -36,11 +38,13 @@ class StagingPool:
         return self._made * self.buffer_bytes
 
     def take(self) -> StagingBuffer | None:
-        """A buffer; None while all are taken. Raises `TierUnavailableError` when one cannot be made."""
+        """A buffer; None while all are taken. Raises `TierUnavailableError` when none can be made."""
         with self._lock:
+            if self._closed:
+                raise TierUnavailableError(TierName.GPU, "it was closed meanwhile")
             if self._free:
                 return self._free.pop()
-            if self._made == self._count:
+            if self._made >= self._count:
                 return None
             self._made += 1
         try:
@@ -54,10 +58,10 @@ class StagingPool:
     def give_back(self, buffer: StagingBuffer) -> None:
         """It may be taken by somebody else from now on."""
         with self._lock:
-            if self._made <= self._count:
-                self._free.append(buffer)
-            else:
+            if self._closed:
                 self._made -= 1
+            else:
+                self._free.append(buffer)
 
     def lose(self) -> None:
         """One that was taken never comes back; another may be made instead."""
@@ -67,6 +71,6 @@ class StagingPool:
     def close(self) -> None:
         """Give all memory back; what is taken now goes when it is given back."""
         with self._lock:
-            self._count = 0
+            self._closed = True
             self._made -= len(self._free)
             self._free.clear()

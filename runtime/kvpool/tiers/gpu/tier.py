@@ -9,8 +9,8 @@ A slot that changes hands is zeroed on the device, before anything that the new 
 overwritten from end to end before its place is known, and counts as anybody's afterwards.
 
 Order on the device: see `ordering`. In short: drop a place when all that reads it is queued, on the engine's stream or
-on the current one; and hold a place, and the host memory of a transfer, until the transfer has ended. A place that is
-dropped before is forgotten at once and free when it has.
+on the current one; do not upload into a place that kernels have been queued for; and hold a place, and the host memory
+of a transfer, until the transfer has ended. A place that is dropped before is forgotten at once and free when it has.
 
 Memory: extents from the device, up to the capacity, as they are needed. A device that has no more to give is no room.
 When the engine itself runs out of memory, `give_back` makes the tier smaller, and it grows again after a while.
@@ -186,9 +186,11 @@ class GpuTier:
     ) -> Transfer:
         """Copy each payload from host memory into its place, beside the engine's work.
 
-        Payloads are contiguous uint8, no longer than the place has room for after its head page. They are copied
-        directly where they lie in page-locked memory. `ended` is called once, by any thread, when the host's memory is
-        no longer needed: not if this raises. Raises `ValueError` for places and lengths (nothing is copied then).
+        It comes after whatever was queued before the last place was dropped, and not after what the engine has queued
+        for these places since they were allocated. Payloads are contiguous uint8, no longer than the place has room for
+        after its head page. They are copied directly where they lie in page-locked memory. `ended` is called once, by
+        any thread, when the host's memory is no longer needed: not if this raises. Raises `ValueError` for places and
+        lengths (nothing is copied then).
         """
         return self._copy(Way.UPLOAD, places, [_flat(payload, writable=False) for payload in payloads], ended)
 
@@ -248,7 +250,7 @@ class GpuTier:
         """
         try:
             with device_faults():
-                self._ordering.note_current()
+                self._ordering.note_drop()
         except TierUnavailableError as error:  # an ill device runs nothing that could still read them
             _log.warning("%s", error)
         with self._lock:

@@ -249,7 +249,7 @@ class Transfers:
         self._bytes = dict.fromkeys(Way, 0)
 
     def start(self, way: Way, copies: Sequence[Copy], ended: Callable[[], None]) -> Transfer:
-        """Begin, directly where the device reaches the host's memory. Everything queued so far comes first.
+        """Begin, directly where the device reaches the host's memory. What comes first is said in `ordering`.
 
         `ended` is called once, by any thread, when it has ended; never if this raises `TierUnavailableError`.
         """
@@ -330,8 +330,12 @@ class Transfers:
     def _start(self, way: Way, direct: Sequence[Copy], staged: Sequence[Copy], ended: Callable[[], None]) -> Transfer:
         lanes = self._lanes(way)
         loads = [*_direct_loads(direct, lanes), *_staged_loads(staged, lanes, self.staging.buffer_bytes)]
+        streams = {load.stream for load in loads}
         with device_faults():
-            self._ordering.hold_back({load.stream for load in loads})
+            if way is Way.UPLOAD:
+                self._ordering.before_upload(streams)
+            else:
+                self._ordering.before_download(streams)
         transfer = Transfer(way, loads, self, ended)
         with self._lock:
             self._started[way] += 1
