@@ -344,3 +344,57 @@ def test_use_of_each_model_and_tier_is_in_the_statistics(tmp_path: Path) -> None
         )
         assert account.tiers[TierName.SSD].limit_bytes is None
         assert replace(account, name="m") == account
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_quotas_that_change_all_the_time_under_load_leave_every_count_exact(tmp_path: Path, seed: int) -> None:
+    """Down to zero and up again, with and without guarantees, while three models store, lease and load."""
+    names = ["m0", "m1", "m2"]
+    base = config(ram=48 * RECORD, ssd=MIB, directory=tmp_path)
+    with Pool.open(base) as pool:
+        models = [pool.register(spec(name)) for name in names]
+        failures: list[BaseException] = []
+        threads = [
+            threading.Thread(target=partial(_store_and_load, model, number, failures))
+            for number, model in enumerate(models)
+        ]
+        for thread in threads:
+            thread.start()
+        random = Random(seed)
+        while any(thread.is_alive() for thread in threads):
+            shares = {name: {tier: _some_share(random) for tier in ("ram", "ssd")} for name in random.sample(names, 2)}
+            pool.reload(with_quotas(base, shares))
+            threads[0].join(0.02)
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        pool.reload(with_quotas(base, {name: {"ram": (0, 4), "ssd": (0, 4)} for name in names}))
+        eventually(lambda: all(held(pool, name, level) <= 4 for name in names for level in (RAM, SSD)), "limits hold")
+        check(pool)
+        ledger = pool._engine.index.ledger
+        assert all(account.in_flight[RAM] == account.leased[RAM] == 0 for account in ledger.accounts.values())
+        pool.reload(base)
+        assert store(models[0], prompt(12, seed=99)).stored == 12
+
+
+def _some_share(random: Random) -> tuple[int, int | None]:
+    guaranteed = random.choice([0, 0, 3, 6])
+    return guaranteed, random.choice([None, guaranteed, guaranteed + random.randint(0, 20)])
+
+
+def _store_and_load(model: Model, number: int, failures: list[BaseException]) -> None:
+    random = Random(number)
+    leases = []
+    try:
+        for _ in range(150):
+            blocks, first = random.randint(1, 10), random.randint(1, 8)
+            store(model, prompt(blocks, seed=first))
+            load(model, prompt(blocks, seed=first))
+            if random.random() < 0.3:
+                leases.append(model.match(prompt(blocks, seed=first)))
+            if len(leases) > 2:
+                leases.pop(0).close()
+        for lease in leases:
+            lease.close()
+    except BaseException as error:
+        failures.append(error)
