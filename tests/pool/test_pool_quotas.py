@@ -372,7 +372,7 @@ def test_quotas_that_change_all_the_time_under_load_leave_every_count_exact(tmp_
         eventually(lambda: all(held(pool, name, level) <= 4 for name in names for level in (RAM, SSD)), "limits hold")
         check(pool)
         ledger = pool._engine.index.ledger
-        assert all(account.in_flight[RAM] == account.leased[RAM] == 0 for account in ledger.accounts.values())
+        assert all(account.in_flight[RAM] == account.pinned == 0 for account in ledger.accounts.values())
         pool.reload(base)
         assert store(models[0], prompt(12, seed=99)).stored == 12
 

@@ -55,6 +55,9 @@ class World:
     def account(self, name: str) -> Account:
         return self.index.ledger.account(name)
 
+    def leased(self, name: str) -> int:
+        return self.index.leased(self.account(name), RAM)
+
     def places(self, number: int, nbytes: int) -> list[int]:
         return [next(self.serials) << 7 | nbytes for _ in range(number)]
 
@@ -138,12 +141,12 @@ def test_the_first_guarantee_counts_leases_that_were_there_before() -> None:
     world = World()
     world.store("one", prompt(1, 4), keep=True)
     world.store("one", prompt(1, 2), keep=True)
-    assert world.account("one").leased[RAM] == 0
+    assert world.leased("one") == 0
     world.set_quotas({"two": {RAM: Quota(guaranteed=1000)}})
-    assert world.account("one").leased[RAM] == 400
+    assert world.leased("one") == 400
     world.check()
     world.set_quotas({})
-    assert world.account("one").leased[RAM] == 0
+    assert world.leased("one") == 0
 
 
 def test_a_match_is_cut_short_where_it_would_lease_what_is_guaranteed_to_another() -> None:
@@ -152,7 +155,7 @@ def test_a_match_is_cut_short_where_it_would_lease_what_is_guaranteed_to_another
     world.set_quotas({"two": {RAM: Quota(guaranteed=1200)}})
     pin = world.index.match(world.trees["one"], tokens(prompt(1, 15)))
     assert pin.depth == 8
-    assert world.account("one").leased[RAM] == 800
+    assert world.leased("one") == 800
     again = world.index.match(world.trees["one"], tokens(prompt(1, 15)))
     assert again.depth == 8, "what is leased already costs nothing more"
     world.pins = [pin, again]

@@ -4,7 +4,11 @@ One account per model name, so that the revisions of a model share one. It is ch
 (`bytes`) and for what was allocated and is not entered yet (`in_flight`). What is leased cannot be evicted, so it could
 take what is guaranteed to others. Therefore what models have leased or in flight beyond their own guarantees, all of
 them together, stays within what is guaranteed to nobody. (A bound for each model alone would not do: two could take it
-together.) Leases are counted only while something is guaranteed to somebody, since a match pays for it.
+together.)
+
+What is leased is a sum over leases first (`pinned`), which counts blocks that several leases share several times: a
+match pays two additions for it, and only while something is guaranteed to somebody. Where that sum might be too much,
+what is leased is counted exactly, from the edges in which leases end.
 
 Guarded by the index's lock; only `kvpool.prefix` writes the counts.
 """
@@ -13,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 from kvpool.prefix.candidates import Candidates, EvictionPolicy
+from kvpool.prefix.learning import Learner
 from kvpool.prefix.node import LEVELS, Node
 
 UNLIMITED = 1 << 62
@@ -41,32 +47,34 @@ class Account:
         "candidates",
         "copies",
         "in_flight",
-        "leased",
+        "learner",
+        "lease_ends",
         "matched_blocks",
         "name",
+        "pinned",
         "quotas",
     )
 
-    def __init__(self, name: str, candidates: list[Candidates]) -> None:
+    def __init__(self, name: str, candidates: list[Candidates], learner: Learner | None = None) -> None:
         self.name = name
         self.candidates = candidates
+        self.learner = learner
+        """What the policies of all levels know of this model's requests, if they learn."""
         self.quotas = [Quota() for _ in LEVELS]
         self.bytes = [0, 0, 0]
         self.copies = [0, 0, 0]
         """How many blocks have a copy at each level."""
         self.in_flight = [0, 0, 0]
-        self.leased = [0, 0, 0]
-        """Bytes of copies that a lease holds; 0 while the ledger does not guard."""
+        self.pinned = 0
+        """Bytes of the blocks of all leases, each as often as it is leased; 0 while the ledger does not guard."""
+        self.lease_ends: set[Node] = set()
+        """The edges in which they end."""
         self.asked_blocks = 0
         self.matched_blocks = 0
 
     def excess(self, level: int) -> int:
         """Bytes above what is guaranteed; negative below."""
         return self.bytes[level] - self.quotas[level].guaranteed
-
-    def surplus(self, level: int) -> int:
-        """Bytes that it holds fast above what is guaranteed to it; negative below."""
-        return self.leased[level] + self.in_flight[level] - self.quotas[level].guaranteed
 
     def room(self, level: int) -> int:
         """Bytes left to its limit; negative above it."""
@@ -88,18 +96,27 @@ class Ledger:
 
     def __init__(
         self,
-        make_policy: Callable[[], EvictionPolicy],
+        make_policy: Callable[..., EvictionPolicy],
         *,
+        make_learner: Callable[[], Learner] | None = None,
         protects: Callable[[int], bool],
         is_protected: Callable[[Node], bool],
+        leased: Callable[[Account, int], int],
     ) -> None:
         self.accounts: dict[str, Account] = {}
         self.capacities = [UNLIMITED, UNLIMITED, UNLIMITED]
         self.guards = False
-        """Whether anything is guaranteed to anybody, so that leased bytes are counted."""
+        """Whether anything is guaranteed to anybody, so that leases are noted."""
+        self.guarded_levels: tuple[int, ...] = ()
+        self._pinned = 0
+        self._in_flight = [0, 0, 0]
+        self._leased = leased
+        """Counts an account's leased bytes at a level, exactly."""
         self._quotas: Quotas = {}
         self._guaranteed = [0, 0, 0]
         self._make_policy = make_policy
+        """Given the learner, where there is one."""
+        self._make_learner = make_learner
         self._protects = protects
         self._is_protected = is_protected
 
@@ -107,7 +124,7 @@ class Ledger:
         """The account of this model, opened if need be."""
         known = self.accounts.get(name)
         if known is None:
-            known = self.accounts[name] = Account(name, [self._candidates(level) for level in LEVELS])
+            known = self.accounts[name] = self._opened(name)
             self._apply(known)
         return known
 
@@ -118,21 +135,62 @@ class Ledger:
             self._apply(account)
         for level in LEVELS:
             self._guaranteed[level] = sum(by_level.get(level, Quota()).guaranteed for by_level in quotas.values())
-        self.guards = any(self._guaranteed)
+        self.guarded_levels = tuple(level for level in LEVELS if self._guaranteed[level])
+        self.guards = bool(self.guarded_levels)
 
-    def overdraft(self, account: Account, level: int) -> int:
-        """How many bytes the account holds fast of what is guaranteed to others."""
-        return min(max(0, account.surplus(level)), max(0, -self.headroom(account, level)))
+    def note_lease(self, node: Node, depth: int, leases: int = 1) -> None:
+        """Leases were counted that end at `depth` in `node`."""
+        tree = node.tree
+        nbytes = leases * depth * tree.record_bytes
+        tree.account.pinned += nbytes
+        tree.account.lease_ends.add(node)
+        self._pinned += nbytes
+
+    def note_release(self, node: Node, depth: int) -> None:
+        """A lease was given up that ended at `depth` in `node`."""
+        tree = node.tree
+        nbytes = depth * tree.record_bytes
+        tree.account.pinned -= nbytes
+        if node.ends is None:
+            tree.account.lease_ends.discard(node)
+        self._pinned -= nbytes
+
+    def note_split(self, upper: Node, lower: Node) -> None:
+        """Leases that end in the upper part went there."""
+        ends = upper.tree.account.lease_ends
+        if upper.ends:
+            ends.add(upper)
+        if not lower.ends:
+            ends.discard(lower)
+
+    def forget_leases(self) -> None:
+        """Forget what was noted of all leases."""
+        self._pinned = 0
+        for account in self.accounts.values():
+            account.pinned = 0
+            account.lease_ends = set()
+
+    def may_be_overdrawn(self, account: Account) -> bool:
+        """Whether this model may hold fast what is guaranteed to others: never False where it does."""
+        for level in self.guarded_levels:
+            if self._pinned + self._in_flight[level] > self.capacities[level] - self._guaranteed[level]:
+                held = account.pinned + account.in_flight[level]
+                if held > account.quotas[level].guaranteed and self.headroom(account, level) < 0:
+                    return True
+        return False
 
     def headroom(self, account: Account, level: int) -> int:
-        """How many bytes more the account may hold fast: leased, or in flight."""
-        others = sum(max(0, other.surplus(level)) for other in self.accounts.values() if other is not account)
-        return self.capacities[level] - self._guaranteed[level] - others - account.surplus(level)
+        """How many bytes more the account may hold fast, leased or in flight; negative where it holds too much."""
+        free = self.capacities[level] - self._guaranteed[level]
+        for other in self.accounts.values():
+            held = self._leased(other, level) + other.in_flight[level] - other.quotas[level].guaranteed
+            free -= held if other is account else max(0, held)
+        return free
 
     def charge(self, account: Account, level: int, sizes: Sequence[int]) -> tuple[int, Grant]:
         """Charge records of these sizes that are about to be allocated: how many of them, and why not all."""
         room, why = account.room(level), Grant.OVER_LIMIT
-        if self.guards and (headroom := self.headroom(account, level)) < room:
+        if self._may_lack(account, level, sum(sizes)) and (headroom := self.headroom(account, level)) < room:
             room, why = headroom, Grant.OTHERS_GUARANTEE
         charged = granted = 0
         for nbytes in sizes:
@@ -141,7 +199,21 @@ class Ledger:
             charged += nbytes
             granted += 1
         account.in_flight[level] += charged
+        self._in_flight[level] += charged
         return granted, Grant.GIVEN if granted == len(sizes) else why
+
+    def discharge(self, account: Account, level: int, nbytes: int) -> None:
+        """Bytes that were charged were entered, or given back."""
+        account.in_flight[level] -= nbytes
+        self._in_flight[level] -= nbytes
+
+    def _may_lack(self, account: Account, level: int, nbytes: int) -> bool:
+        """Whether `nbytes` more in flight may be too much; never False where they are."""
+        if level not in self.guarded_levels:
+            return False
+        common = self.capacities[level] - self._guaranteed[level]
+        own = account.pinned + account.in_flight[level] + nbytes
+        return own > account.quotas[level].guaranteed and self._pinned + self._in_flight[level] + nbytes > common
 
     def victim(self, level: int, requester: Account | None, *, spare_protected: bool) -> Node | None:
         """Take the node that should lose its last block at `level`, no longer on offer; None when none may.
@@ -173,8 +245,15 @@ class Ledger:
         by_level = self._quotas.get(account.name, {})
         account.quotas = [by_level.get(level, Quota()) for level in LEVELS]
 
-    def _candidates(self, level: int) -> Candidates:
-        return Candidates(level, self._make_policy, protects=self._protects, is_protected=self._is_protected)
+    def _opened(self, name: str) -> Account:
+        if self._make_learner is None:
+            return Account(name, [self._candidates(level, self._make_policy) for level in LEVELS])
+        learner = self._make_learner()
+        make_policy = partial(self._make_policy, learner)
+        return Account(name, [self._candidates(level, make_policy) for level in LEVELS], learner)
+
+    def _candidates(self, level: int, make_policy: Callable[[], EvictionPolicy]) -> Candidates:
+        return Candidates(level, make_policy, protects=self._protects, is_protected=self._is_protected)
 
 
 def _oldest(models: Sequence[Candidates], *, spare_protected: bool) -> Node | None:

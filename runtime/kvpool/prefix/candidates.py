@@ -20,8 +20,11 @@ Candidate: TypeAlias = Hashable
 class EvictionPolicy(Protocol):
     """Orders candidates. Each is on offer at most once."""
 
-    def offer(self, candidate: Candidate, last_use: int) -> None:
-        """This one may go, and was used at `last_use` (larger is later). Replaces what was offered of it before."""
+    def offer(self, candidate: Candidate, last_use: int, trait: int) -> None:
+        """This one may go, and was used at `last_use` (larger is later). Replaces what was offered of it before.
+
+        `trait` is what the model's learner says of it; 0 without one.
+        """
         ...
 
     def withdraw(self, candidate: Candidate) -> None:
@@ -104,7 +107,7 @@ class Candidates:
         while True:
             protecting = self._protects(self.level)
             if not protecting and (unprotected := self.protected.take()):
-                self.ordinary.offer(*unprotected)
+                self._offer_to(self.ordinary, *unprotected)
             queue = self.ordinary
             taken = queue.take()
             if taken is None and not spare_protected:
@@ -117,9 +120,9 @@ class Candidates:
             if self._may_go(node):
                 index = len(node.places[self.level] or ()) - 1
                 if protecting and queue is self.ordinary and self._is_protected(node):
-                    self.protected.offer(node, node.used_at(index))
+                    self.protected.offer(node, node.used_at(index), node.trait(index))
                 elif node.used_at(index) > age:
-                    queue.offer(node, node.used_at(index))
+                    queue.offer(node, node.used_at(index), node.trait(index))
                 else:
                     node.offered &= ~self._bit
                     return node
@@ -140,7 +143,11 @@ class Candidates:
         node.offered |= self._bit
         if node.parked & self._bit:
             self._unpark(node)
-        self.ordinary.offer(node, node.used_at(len(places) - 1))
+        self._offer_to(self.ordinary, node, node.used_at(len(places) - 1))
+
+    def _offer_to(self, queue: EvictionPolicy, node: Candidate, age: int) -> None:
+        assert isinstance(node, Node)
+        queue.offer(node, age, node.trait(len(node.places[self.level] or ()) - 1))
 
     def _unpark(self, node: Node) -> None:
         node.parked &= ~self._bit

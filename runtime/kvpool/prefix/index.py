@@ -23,6 +23,7 @@ from kvpool.blocks.identity import KEY_BYTES, BlockKey
 from kvpool.prefix.accounts import Account, Grant, Ledger, Quotas
 from kvpool.prefix.candidates import EvictionPolicy
 from kvpool.prefix.history import Fate, History, Loss
+from kvpool.prefix.learning import Learner, note_lost, note_request, note_return
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NOWHERE, SSD, Node
 from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, common_blocks, count_solid, stripped
 
@@ -101,7 +102,8 @@ class PrefixIndex:
         self,
         *,
         limit_bytes: int,
-        make_policy: Callable[[], EvictionPolicy],
+        make_policy: Callable[..., EvictionPolicy],
+        make_learner: Callable[[], Learner] | None = None,
         sharing: SharingRules | None = None,
         history: History | None = None,
         region_of: Mapping[int, Callable[[int], int]] | None = None,
@@ -146,7 +148,13 @@ class PrefixIndex:
         self._clock = clock
         self.uses = 0
         """The clock of ages: how many leases were opened or lengthened."""
-        self.ledger = Ledger(make_policy, protects=self._protects, is_protected=self._is_protected)
+        self.ledger = Ledger(
+            make_policy,
+            make_learner=make_learner,
+            protects=self._protects,
+            is_protected=self._is_protected,
+            leased=self.leased,
+        )
         """What each model holds and may hold, and what of it may be evicted."""
 
     @property
@@ -222,6 +230,8 @@ class PrefixIndex:
                     depth = most_blocks
                     while node.start >= depth and node.parent is not None:
                         node = node.parent
+                if asked and (learner := tree.account.learner) is not None:
+                    note_request(learner, node, depth, self.uses + 1)
                 if self.ledger.guards:
                     node, depth = self._hold_guarded(node, depth)
                 else:
@@ -272,7 +282,7 @@ class PrefixIndex:
     def discharge(self, account: Account, level: int, nbytes: int) -> None:
         """Bytes that were charged were not allocated, or given back without having been entered."""
         with self.lock:
-            account.in_flight[level] -= nbytes
+            self.ledger.discharge(account, level, nbytes)
 
     def expect_encoded(self, tree: PrefixTree) -> None:
         """From now on copies of this tree may be encoded: to be called before the first such copy is entered."""
@@ -299,19 +309,19 @@ class PrefixIndex:
                     for account, sign in ((old, -1), (new, 1)):
                         account.bytes[level] += sign * nbytes
                         account.copies[level] += sign * copies
-            self._recount_leased()
+            self._note_all_leases()
 
     def set_quotas(self, quotas: Quotas, capacities: Sequence[int]) -> None:
         """Replace all quotas; what is above a limit then is for the caller to `evict`.
 
-        Where this is the first guarantee, what is leased is counted, under one hold of the lock.
+        Where this is the first guarantee, all leases are noted, under one hold of the lock.
         """
         with self.lock:
             guarded = self.ledger.guards
             self.ledger.capacities = list(capacities)
             self.ledger.set_quotas(quotas)
             if self.ledger.guards != guarded:
-                self._recount_leased()
+                self._note_all_leases()
 
     def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
         """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained."""
@@ -382,7 +392,7 @@ class PrefixIndex:
             return []
         keys = tree.keys_after(self._last_key(pin), first, run, extras)
         with self.lock:
-            tree.account.in_flight[level] -= charged
+            self.ledger.discharge(tree.account, level, charged)
             if tree.erased:
                 return list(places)
             node, refused = self._enter(self._settled(pin), first, run, keys, level, places, extras)
@@ -396,7 +406,7 @@ class PrefixIndex:
         `charged` as in `attach`.
         """
         with self.lock:
-            pin.tree.account.in_flight[level] -= charged
+            self.ledger.discharge(pin.tree.account, level, charged)
             if pin.tree.erased:
                 return [place for place in places if place != NOWHERE]
             refused: list[int] = []
@@ -544,53 +554,59 @@ class PrefixIndex:
             node.hits += 1
 
     def _hold_guarded(self, node: Node, depth: int) -> tuple[Node, int]:
-        """`_hold`, of fewer blocks where more would leave others less to lease than is guaranteed to them."""
-        account = node.tree.account
-        before = list(account.leased)
+        """`_hold`, of fewer blocks where more would hold fast what is guaranteed to others."""
         self._hold(node, depth)
-        while depth and (over := self._over_leasable(account, before)):
-            fewer = max(0, depth - -(-over // node.tree.record_bytes))
-            target = node
-            while target.start >= fewer and target.parent is not None:
-                target = target.parent
-            self._count_lease(target, fewer)
-            self._let_go(node, depth)
-            node, depth = target, fewer
-        return node, depth
+        if not self.ledger.may_be_overdrawn(node.tree.account):
+            return node, depth
+        self._let_go(node, depth)
+        fits = self._leasable_depth(node, depth)
+        while node.start >= fits and node.parent is not None:
+            node = node.parent
+        self._hold(node, fits)
+        return node, fits
 
-    def _over_leasable(self, account: Account, before: Sequence[int]) -> int:
-        """By how many bytes the account's leases are too large, at a level at which they have grown."""
-        grown = [level for level in LEVELS if account.leased[level] > before[level]]
-        return max((self.ledger.overdraft(account, level) for level in grown), default=0)
+    def _leasable_depth(self, node: Node, depth: int) -> int:
+        """How many of the blocks before `depth` may be leased beside what is leased now."""
+        account = node.tree.account
+        room = {level: self.ledger.headroom(account, level) for level in self.ledger.guarded_levels}
+        for part in _path_to(node):
+            leased, until = max(0, part.leased_to() - part.start), min(part.end, depth) - part.start
+            for at in range(leased, until):
+                for level in room:
+                    place = part.place(at, level)
+                    if place != NOWHERE:
+                        room[level] -= self._record_bytes_of(part.tree, level)(place)
+                        if room[level] < 0:
+                            return part.start + at
+        return depth
 
-    def _note_leased(self, node: Node, depth: int) -> None:
-        """Before a lease is counted that ends at `depth` in `node`: count the bytes that only it holds."""
-        self._count_leased(node, node.leased_to() - node.start, depth - node.start)
-        above = node.parent
-        while above is not None and not above.refs:
-            self._count_leased(above, above.leased_to() - above.start, above.blocks)
-            above = above.parent
+    def leased(self, account: Account, level: int) -> int:
+        """Bytes of a model's copies at `level` that some lease holds, while something is guaranteed to somebody.
 
-    def _count_leased(self, node: Node, first: int, until: int, sign: int = 1) -> None:
-        """Blocks `first` to before `until` of an edge become leased, or cease to be."""
-        for level in LEVELS:
-            places = node.places[level]
-            if places is not None and first < until and first < len(places):
-                leased = node.tree.account.leased
-                leased[level] += sign * self._size(node.tree, level, places[first:until])
+        Call with the lock held. Takes time in proportion to the edges that are leased.
+        """
+        seen: set[Node] = set()
+        nbytes = 0
+        for end in account.lease_ends:
+            node: Node | None = end
+            while node is not None and node not in seen:
+                seen.add(node)
+                nbytes += self.size(node, level, node.leased_to() - node.start)
+                node = node.parent
+        return nbytes
 
-    def _recount_leased(self) -> None:
-        for account in self.ledger.accounts.values():
-            account.leased = [0, 0, 0]
+    def _note_all_leases(self) -> None:
+        self.ledger.forget_leases()
         if self.ledger.guards:
             for tree in (*self.trees.values(), *self.buried_trees()):
-                for node in tree.nodes():
-                    self._count_leased(node, 0, node.leased_to() - node.start)
+                for node in (tree.root, *tree.nodes()):
+                    for depth, leases in (node.ends or {}).items():
+                        self.ledger.note_lease(node, depth, leases)
 
     def _hold(self, node: Node, depth: int) -> None:
         """Count a lease that ends at `depth` in `node`, and date all that it covers."""
         if self.ledger.guards:
-            self._note_leased(node, depth)
+            self.ledger.note_lease(node, depth)
         self.uses = now = self.uses + 1
         if depth == node.end:
             node.last_use = now
@@ -609,7 +625,7 @@ class PrefixIndex:
 
     def _count_lease(self, node: Node, depth: int) -> None:
         if self.ledger.guards:
-            self._note_leased(node, depth)
+            self.ledger.note_lease(node, depth)
         if node.ends is None:
             node.ends = {}
         node.ends[depth] = node.ends.get(depth, 0) + 1
@@ -621,8 +637,6 @@ class PrefixIndex:
     def _let_go(self, node: Node, depth: int) -> None:
         ends = node.ends
         assert ends is not None
-        guards = self.ledger.guards
-        leased_to = node.leased_to() if guards else 0
         leases = ends[depth]
         if leases > 1:
             ends[depth] = leases - 1
@@ -630,18 +644,15 @@ class PrefixIndex:
             del ends[depth]
         else:
             node.ends = None
-        if guards:
-            self._count_leased(node, node.leased_to() - node.start, leased_to - node.start, -1)
+        if self.ledger.guards:
+            self.ledger.note_release(node, depth)
         if node.parked:
             self._offer_parked(node)
         above = node.parent
         while above is not None:
             above.refs = refs = above.refs - 1
-            if not refs:
-                if guards:
-                    self._count_leased(above, above.leased_to() - above.start, above.blocks, -1)
-                if above.parked:
-                    self._offer_parked(above)
+            if not refs and above.parked:
+                self._offer_parked(above)
             above = above.parent
         if not node.whole or node.parent is None:
             self._prune(node)
@@ -713,6 +724,8 @@ class PrefixIndex:
             if not (inside and extra):
                 common = common_blocks(node.tokens, inside * size, run, at * size, min(node.end, stop) - depth, size)
             if common:
+                if inside + common > node.solid and (learner := node.tree.account.learner) is not None:
+                    note_return(learner, node, max(inside, node.solid), inside + common, self.uses)
                 refused += self._set_copies(node, inside, level, places[at : at + common])
                 depth += common
             else:
@@ -724,12 +737,16 @@ class PrefixIndex:
         blocks = len(keys) // KEY_BYTES
         self.blocks += blocks
         tree = node.tree
+        learner = tree.account.learner
+        traits = b"" if learner is None else learner.entered(keys, node.end, self.uses)
         leaf = node.children is NO_CHILDREN and node.parent is not None
         if leaf and not extra and not node.shared and len(node.tokens) + len(run) <= MAX_EDGE_BYTES:
             self.bytes += edge_bytes(node, node.blocks + blocks) - edge_bytes(node, node.blocks)
             tree.append(node, run, keys)
+            node.traits += traits
             return node
         child = tree.add_child(node, run, keys, extra)
+        child.traits = traits
         self.bytes += edge_bytes(child, blocks)
         if self.sharing.auto_detect and not node.shared and len(node.children) > 1:
             self._mark_shared(node)
@@ -739,6 +756,8 @@ class PrefixIndex:
         """Cut an edge in two and return the upper node; the lower one goes if it has neither copies nor leases."""
         before = node_bytes(node)
         upper = node.tree.split(node, at)
+        if self.ledger.guards:
+            self.ledger.note_split(upper, node)
         self.bytes += node_bytes(upper) + node_bytes(node) - before
         for level in self.region_of:
             moved = upper.places[level]
@@ -763,9 +782,6 @@ class PrefixIndex:
             known = node.places[level] = array("q")
         refused: list[int] = []
         end = index + len(places)
-        leased = node.leased_to() - node.start if self.ledger.guards else 0
-        if leased > index:
-            self._count_leased(node, index, min(end, leased), -1)
         if len(known) <= index:
             if len(known) < index:
                 known.extend(repeat(NOWHERE, index - len(known)))
@@ -774,8 +790,6 @@ class PrefixIndex:
         else:
             taken, refused = _fill_gaps(known, index, places)
         self._count(node, level, taken)
-        if leased > index:
-            self._count_leased(node, index, min(end, leased))
         if taken and level in self.region_of:
             self._enter_regions(node, level, taken)
         if not node.whole and index <= node.solid < end:
@@ -807,16 +821,11 @@ class PrefixIndex:
         if places is None or first >= len(places):
             return
         taken = places[first:until]
-        leased = node.leased_to() - node.start if self.ledger.guards else 0
-        if leased > first:
-            self._count_leased(node, first, min(until, leased), -1)
         if until >= len(places):
             del places[first:]
             node.places[level] = stripped(places)
         else:
             places[first:until] = array("q", [NOWHERE]) * len(taken)
-        if leased > first:
-            self._count_leased(node, first, min(until, leased))
         bytes_of = self._record_bytes_of(node.tree, level)
         if NOWHERE not in taken and node.held_to() <= first and self.on_removed is None:
             lost: Sequence[int] = range(first, first + len(taken))
@@ -1090,8 +1099,21 @@ class PrefixIndex:
         if wanted > lost[0] and not node.tree.erased:
             self.unsaved_blocks += sum(at < wanted for at in lost)
         lost_keys = [_key_at(node, at) for at in lost]
+        account = node.tree.account
+        if account.learner is not None and not node.tree.erased:
+            note_lost(account.learner, node, lost, lost_keys, sum(account.copies))
         reason = node.tree.loss if node.tree.erased else loss
         self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
+
+
+def _path_to(node: Node) -> list[Node]:
+    """The nodes from the first below the root to this one."""
+    nodes = []
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+        nodes.append(at)
+        at = at.parent
+    return nodes[::-1]
 
 
 def _itself(place: int) -> int:

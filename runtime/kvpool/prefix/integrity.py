@@ -226,16 +226,28 @@ def _check_counts(index: PrefixIndex, nodes: list[Node]) -> None:
 
 def _recount(index: PrefixIndex, account: Account, nodes: list[Node]) -> dict[str, list[int]]:
     """What one model holds; its account must say the same."""
-    counts = {"copies": [0, 0, 0], "bytes": [0, 0, 0], "leased": [0, 0, 0]}
+    counts = {"copies": [0, 0, 0], "bytes": [0, 0, 0]}
     for node in (node for node in nodes if node.tree.account is account):
         for level in LEVELS:
             counts["copies"][level] += sum(place != NOWHERE for place in node.places[level] or ())
             counts["bytes"][level] += index.size(node, level)
-            if index.ledger.guards:
-                counts["leased"][level] += index.size(node, level, node.leased_to() - node.start)
     _require_same(account, f"account of {account.name!r}", counts)
+    if index.ledger.guards:
+        _check_leased(index, account, nodes)
     _require(min(account.in_flight) >= 0, f"more of {account.name!r} was entered than charged", account.in_flight)
     return counts
+
+
+def _check_leased(index: PrefixIndex, account: Account, nodes: list[Node]) -> None:
+    own = [node for node in nodes if node.tree.account is account]
+    ends = {node for node in own if node.ends}
+    noted = {node for node in account.lease_ends if node.parent is not None}
+    _require(noted == ends, f"the edges in which leases of {account.name!r} end are noted")
+    pinned = sum(depth * count * node.tree.record_bytes for node in ends for depth, count in (node.ends or {}).items())
+    _require(account.pinned == pinned, f"what is leased of {account.name!r} is {pinned}, not {account.pinned}")
+    for level in LEVELS:
+        leased = sum(index.size(node, level, node.leased_to() - node.start) for node in own)
+        _require(index.leased(account, level) == leased, f"leased bytes of {account.name!r} at {level} are {leased}")
 
 
 def _require_same(holder: object, name: str, expected: Mapping[str, object]) -> None:

@@ -63,6 +63,7 @@ class Node:
         "solid",
         "start",
         "tokens",
+        "traits",
         "tree",
         "whole",
     )
@@ -99,6 +100,8 @@ class Node:
         """Bit per level: on offer as a candidate for eviction."""
         self.parked = 0
         """Bit per level: would be on offer, were it not leased."""
+        self.traits = b""
+        """A byte for each block, where a learner gives them; else empty: see `kvpool.prefix.learning`."""
         self.shared = False
         self.hits = 0
         """Requests whose longest shared prefix ended with this edge."""
@@ -179,6 +182,10 @@ class Node:
                 if end > depth:
                     return max(use, self.last_use)
         return self.last_use
+
+    def trait(self, index: int) -> int:
+        """What the policy is told of block `index` of this edge; 0 where nothing learns."""
+        return self.traits[index] if self.traits else 0
 
     def same_age_from(self, index: int) -> int:
         """The first index from which on to `index` all blocks were used at one time."""

@@ -40,7 +40,7 @@ def settle(index: PrefixIndex, held: Held, place: int, *, charged: int = 0) -> b
     `charged` are the bytes that `place` was charged with before; they are not any more, whatever comes of it.
     """
     with index.lock:
-        held.pin.tree.account.in_flight[held.level] -= charged
+        index.ledger.discharge(held.pin.tree.account, held.level, charged)
         node = index._settled(held.pin)
         at = held.pin.depth - 1 - node.start
         index._let_go(node, held.pin.depth)

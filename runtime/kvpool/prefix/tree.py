@@ -116,6 +116,7 @@ class PrefixTree:
         age = leaf.used_at(kept - 1)
         leaf.tokens = leaf.tokens[: kept * self.token_bytes]
         leaf.keys = leaf.keys[: kept * KEY_BYTES]
+        leaf.traits = leaf.traits[:kept]
         leaf.end = leaf.start + kept
         leaf.heads = [head for head in leaf.live_heads() if head[0] < leaf.end] or None
         leaf.last_use = age
@@ -131,7 +132,7 @@ class PrefixTree:
         if not parent.children:
             parent.children = NO_CHILDREN
             parent.below = NO_COUNTS
-        child.tokens = child.keys = b""
+        child.tokens = child.keys = child.traits = b""
         child.end = child.start
         child.heads = None
 
@@ -153,6 +154,7 @@ class PrefixTree:
         lower.parent = upper
         lower.tokens = lower.tokens[at * size :]
         lower.keys = lower.keys[at * KEY_BYTES :]
+        upper.traits, lower.traits = lower.traits[:at], lower.traits[at:]
         lower.extra = b""
         lower.start = upper.end
         upper.children = {self.key_in_parent(lower): lower}
