@@ -60,10 +60,14 @@ def test_a_changed_file_is_taken_over_and_what_changed_is_said(pool_file: Path, 
         assert "of 32 MiB" in run.printed("of 32 MiB")
 
 
-def test_a_quota_that_was_edited_is_in_force(pool_file: Path, directory: Path) -> None:
-    with running(pool_file, directory) as run:
-        assert kvpool("quota", pool_file, "tiny", "ram.limit=4Mi", "--add").code == 0
-        assert f'{pool_file}: spec.models["tiny"].quotas.ram.limit absent -> 4Mi' in run.logged("was taken over")[0]
+def test_a_quota_that_was_edited_is_in_force_and_what_no_longer_fits_goes(
+    pool_file: Path, used_directory: Path
+) -> None:
+    with running(pool_file, used_directory) as run:
+        run.printed("(3 blocks)")
+        assert kvpool("quota", pool_file, "tiny", "ssd.limit=0", "--add").code == 0
+        assert f'{pool_file}: spec.models["tiny"].quotas.ssd.limit absent -> 0' in run.logged("was taken over")[0]
+        run.printed("of 64 MiB (0 blocks)")
 
 
 def test_a_file_that_is_replaced_by_rename_is_followed(pool_file: Path, directory: Path) -> None:

@@ -34,6 +34,8 @@ def screen(stats: PoolStats, directory: Path, open_s: float, *, shared: Renderab
     parts: list[RenderableType] = [head, Text(), _tiers(stats), Text(), _counters(stats)]
     if stats.models:
         parts += [Text(), _models(stats)]
+    if stats.accounts:
+        parts += [Text(), _accounts(stats)]
     if shared is not None:
         parts += [Text(), shared]
     return Group(*parts)
@@ -86,6 +88,25 @@ def _models(stats: PoolStats) -> Table:
     )
     columns = ("model", "a block", "prefill", "fingerprint")
     return table(columns, rows, right=columns[1:3])
+
+
+def _accounts(stats: PoolStats) -> Table:
+    """What each model holds of each tier, against its quotas."""
+    columns = ("model", "tier", "used", "guaranteed", "limit", "blocks", "hit ratio")
+    rows = (
+        (
+            account.name,
+            tier,
+            size(share.used_bytes),
+            size(share.guaranteed_bytes),
+            "-" if share.limit_bytes is None else size(share.limit_bytes),
+            f"{share.blocks:,}",
+            _percent(account.hit_ratio),
+        )
+        for account in stats.accounts
+        for tier, share in account.tiers.items()
+    )
+    return table(columns, rows, right=columns[2:])
 
 
 def _state(tier: TierStats) -> Text:
