@@ -27,6 +27,7 @@ SOURCES = ROOT / "runtime/kvpool/codecs/cpu"
 LIBRARY = SOURCES / "libkvpool_codecs.so"
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 """Without contraction: fused operations would round otherwise than those of other devices."""
+FAST = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt"]
 
 
 class KernelsHook(BuildHookInterface):
@@ -58,9 +59,10 @@ def build() -> bool:
 
 def _compiled(compiler: list[str], place: Path) -> Path:
     """For any processor of this kind, and, on x86-64, for those since 2013 too."""
-    objects = [_object(compiler, place, "level.c", "level"), _object(compiler, place, "kernels.c", "base")]
+    objects = [_object(compiler, place, "kernels.c", "base")]
     if platform.machine() in ("x86_64", "AMD64"):
-        objects.append(_object(compiler, place, "kernels.c", "fast", "-march=x86-64-v3"))
+        objects.append(_object(compiler, place, "kernels.c", "fast", *FAST))
+    objects.append(_object(compiler, place, "level.c", "level", f"-DHAS_FAST={len(objects) - 1}"))
     library = place / LIBRARY.name
     _run([*compiler, "-shared", "-o", str(library), *map(str, objects)])
     return library

@@ -52,7 +52,7 @@ def calibrated(layout: KVLayout, payloads: list[Bytes], percentile: float) -> Cl
     return calibrator.limits()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     st.sampled_from(FLOATS),
     st.sampled_from([0, 8, None]),
@@ -130,7 +130,7 @@ def test_only_float_payloads_are_calibrated_and_only_whole_ones() -> None:
         Calibrator(LAYOUT, 1, 99).observe(np.zeros(LAYOUT.payload_bytes - 4, np.uint8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data(), layouts(), st.sampled_from(INT_CODECS), st.sampled_from(Granularity), st.integers(0, 2**32 - 1))
 def test_limits_only_ever_shrink_a_range(
     data: st.DataObject, layout: KVLayout, codec: Codec, granularity: Granularity, seed: int

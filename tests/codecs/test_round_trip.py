@@ -48,7 +48,7 @@ REAL = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data(), layouts(), st.sampled_from(INT_CODECS), st.sampled_from(Granularity))
 def test_no_element_is_off_by_more_than_half_a_step(
     data: st.DataObject, layout: KVLayout, codec: Codec, granularity: Granularity
@@ -123,7 +123,7 @@ def test_the_default_granularity_is_within_two_percent_on_data_with_outliers(dty
         assert relative_error(after, before) <= 0.02
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.data(), layouts((Dtype.FLOAT32,)))
 def test_fp16_rounds_each_element_to_the_nearest_half(data: st.DataObject, layout: KVLayout) -> None:
     values = np.clip(data.draw(floats_for(layout)), -65504, 65504)
