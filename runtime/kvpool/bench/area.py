@@ -16,6 +16,7 @@ from kvpool.errors import ConfigError
 AREAS: Mapping[str, str] = {
     "codecs": "kvpool.bench.codecs",
     "engine": "kvpool.bench.engine",
+    "gpu": "kvpool.bench.gpu",
     "quality": "kvpool.bench.quality",
     "sharing": "kvpool.bench.sharing",
 }

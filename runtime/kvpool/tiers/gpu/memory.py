@@ -34,28 +34,21 @@ ANYBODY: Final = object()
 
 
 class DeviceSlot:
-    """A slot, for as long as its extent is cut that way. `record` is its memory: uint8, on the device.
+    """A slot, for as long as its extent is cut that way.
 
-    `transfers` counts the copies under way from or to it; `dropped` says that it is to be freed when they are over.
-    Both are the tier's.
+    `record` is its memory, uint8, on the device; `payload` what follows the head page, padding included. `transfers`
+    counts the copies under way from or to it; `dropped` says that it is to be freed when they are over. Both are the
+    tier's.
     """
 
-    __slots__ = ("_payload", "dropped", "owner", "record", "transfers")
+    __slots__ = ("dropped", "owner", "payload", "record", "transfers")
 
     def __init__(self, record: Tensor) -> None:
         self.record = record
+        self.payload = record[PAGE_BYTES:]
         self.owner: Owner = NOBODY
         self.transfers = 0
         self.dropped = False
-        self._payload: Tensor | None = None
-
-    @property
-    def payload(self) -> Tensor:
-        """What follows the head page, padding included. Made once."""
-        payload = self._payload
-        if payload is None:
-            payload = self._payload = self.record[PAGE_BYTES:]
-        return payload
 
     def shows(self, owner: Owner) -> bool:
         """Whether it may hold bytes that `owner` must not see."""

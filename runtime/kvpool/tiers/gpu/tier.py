@@ -119,6 +119,7 @@ class GpuTier:
         self._capacity_bytes = capacity_bytes
         self._budget_s = budget_s
         self._lock = threading.Lock()
+        self._held: dict[int, DeviceSlot] = {}  # by place: those in use, and not dropped
         self._handed_out = 0
         self._cleared = 0
         self._closed = False
@@ -150,14 +151,14 @@ class GpuTier:
         They may be written by what the calling thread or the engine queues from now on, and by `upload`.
         """
         places = self._take(record_bytes, count)
-        slots = self._views(places)
+        slots = [self._slot(place) for place in places]
         others = [slot for slot in slots if slot.shows(owner)]
         try:
             with device_faults():
                 self._ordering.clear([slot.record for slot in others])
                 self._ordering.let_write()
         except TierUnavailableError:
-            self.slab.free_many(places)
+            self.drop(places)
             raise
         for slot in slots:
             slot.owner = owner
@@ -174,11 +175,14 @@ class GpuTier:
 
     def payload(self, place: int) -> Tensor:
         """What follows the head page: the payload from its first byte on, and its padding. Raises as `record` does."""
-        return self._slot(place).payload
+        try:
+            return self._held[place].payload
+        except KeyError:
+            raise _not_in_use(place) from None
 
     def bytes_of(self, place: int) -> int:
         """The length of the record at a place; 0 where the place is not in use."""
-        slot = self._slot_if_used(place)
+        slot = self._held.get(place)
         return 0 if slot is None else slot.record.numel()
 
     def upload(
@@ -229,7 +233,7 @@ class GpuTier:
         self._check_open()
         targets = [_flat(np.frombuffer(buffer, np.uint8), writable=True) for buffer in into]
         with self._lock:
-            found = [self._slot_if_used(place) for place in places]
+            found = [self._held.get(place) for place in places]
             for place, slot, target in zip(places, found, targets, strict=True):
                 if slot is not None and slot.record.numel() != target.nbytes:
                     size = slot.record.numel()
@@ -256,6 +260,7 @@ class GpuTier:
         with self._lock:
             for place in () if self._closed else places:
                 slot = self._slot(place)
+                del self._held[place]
                 if slot.transfers:
                     slot.dropped = True
                 else:
@@ -317,6 +322,8 @@ class GpuTier:
         if not self._transfers.close(CLOSE_S):
             _log.warning("gpu tier: closed while the device did not answer")
         self._transfers.staging.close()
+        with self._lock:
+            self._held.clear()
         self.slab.close()
         self._trim()
 
@@ -338,6 +345,7 @@ class GpuTier:
                 self.slab.resize(self._capacity_bytes)
             places += self.slab.allocate_many(record_bytes, count - len(places))
         with self._lock:
+            self._enter(places)
             self._handed_out += len(places)
         return places
 
@@ -405,27 +413,18 @@ class GpuTier:
         transfer.cancel()
         raise TierUnavailableError(TierName.GPU, f"the device did nothing for {self._budget_s:g} s")
 
-    def _slot(self, place: int) -> DeviceSlot:
-        slot = self.slab.view(place)
-        if slot.dropped:
-            raise ValueError(f"place {place:#x} was dropped")
-        return slot
-
-    def _slot_if_used(self, place: int) -> DeviceSlot | None:
-        try:
-            return self._slot(place)
-        except ValueError:
-            return None
-
-    def _views(self, places: Sequence[int]) -> list[DeviceSlot]:
-        """The slots of places that were just taken."""
-        slots = []
+    def _enter(self, places: Sequence[int]) -> None:
+        """Lock held. They are in use from now on."""
+        if self._closed and places:
+            raise TierUnavailableError(TierName.GPU, "it was closed meanwhile")
         for place in places:
-            try:
-                slots.append(self.slab.view(place))
-            except ValueError:
-                raise TierUnavailableError(TierName.GPU, "it was closed meanwhile") from None
-        return slots
+            self._held[place] = self.slab.view(place)
+
+    def _slot(self, place: int) -> DeviceSlot:
+        try:
+            return self._held[place]
+        except KeyError:
+            raise _not_in_use(place) from None
 
     def _store(self, places: Sequence[int | None], sources: Sequence[Bytes]) -> None:
         taken = [(place, source) for place, source in zip(places, sources, strict=True) if place is not None]
@@ -439,11 +438,11 @@ class GpuTier:
 
     def _drop_if_used(self, places: Sequence[int | None]) -> None:
         for place in places:
-            if place is not None and self._slot_if_used(place) is not None:
+            if place is not None and self._held.get(place) is not None:
                 self.drop([place])
 
     def _not_dropped(self, places: Sequence[int]) -> list[int]:
-        return [place for place in places if self._slot_if_used(place) is not None]
+        return [place for place in places if self._held.get(place) is not None]
 
     def _trim(self) -> None:
         try:
@@ -455,6 +454,10 @@ class GpuTier:
     def _check_open(self) -> None:
         if self._closed:
             raise TierUnavailableError(TierName.GPU, "it was closed")
+
+
+def _not_in_use(place: int) -> ValueError:
+    return ValueError(f"place {place:#x} is not in use: never handed out, or dropped")
 
 
 def _beginning(slot: DeviceSlot, host: Bytes) -> Tensor:
