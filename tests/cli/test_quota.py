@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from kvpool.cli.exits import ExitCode
 from kvpool.cli.pool_file import held
@@ -127,6 +127,31 @@ def test_a_quota_that_is_shared_through_an_alias_is_left_alone() -> None:
     assert "  - quotas: *q\n" in after(aliased, "c", "ram.limit=2Mi", add=True)
 
 
+HEAD = NONE + "\n"
+LAYOUTS = [
+    "  models: []   # none\n  telemetry: {}\n",
+    "  models:\n  - name: a\n  # c\n  - name: c\n  telemetry: {}\n",
+    "  models:\n      -   name: a\n          quotas:\n              ram:\n                  limit: 1Mi\n",
+    '  "models": [{"name": "a", "quotas": {"ram": {"limit": "1Mi"}}}]\n',
+    "  models: [\n    {name: a,   # first\n     quotas: {\n       ram: {limit: 1Mi},\n     }},\n  ]   # end\n",
+    "  models:\n    - name: a",
+    "  models:\n    -\n      name: a\n",
+    "  models:\n    - prefillTokensPerSecond: 3\n      name: >-\n        a\n  telemetry: {}\n",
+    "  models:\n    - name: a\n\n\n# end of file\n",
+    "  models:\n    - quotas: {ram: {}, ssd: {limit: 1Gi}}\n      name: a\n...\n",
+    "  # ä🚲\n  models: [{name: a}]   # 🚲🚲\n",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_the_layout_only_the_quota_changes(layout: str) -> None:
+    for model in "ab":
+        now = after(HEAD + layout, model, "ram.limit=2Mi", "ssd.guaranteed=4Ki", add=True)
+        assert parse_config(FILE, now)
+        assert now.count("#") == layout.count("#")
+        assert after(now, model, "ram.limit=none", "ssd.guaranteed=none").count("limit: 2Mi") == 0
+
+
 FIELDS = st.builds(
     Assignment,
     st.sampled_from(["ram", "ssd"]),
@@ -135,7 +160,8 @@ FIELDS = st.builds(
 )
 
 
-@given(st.sampled_from([BLOCK, FLOW, NONE]), st.lists(st.tuples(st.sampled_from("abcd"), FIELDS), max_size=6))
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([BLOCK, FLOW, NONE]), st.lists(st.tuples(st.sampled_from("abcd"), FIELDS), max_size=5))
 def test_any_edits_in_a_row_say_what_was_meant_and_keep_every_comment(
     text: str, edits: list[tuple[str, Assignment]]
 ) -> None:

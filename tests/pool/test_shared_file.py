@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest
 from kvpool.pool.shared_file import SHARED_NAME, load_shared, packed, unpacked
@@ -75,7 +76,25 @@ def test_a_damaged_file_is_no_marks_and_no_error(tmp_path: Path) -> None:
         assert matched(pool.register(spec()), prompt(2)) == 2
 
 
+def test_shared_prefixes_are_listed_while_others_store_and_evict(tmp_path: Path) -> None:
+    with open_pool(tmp_path, ram=64 * RECORD, sharing=SHARING) as pool, ThreadPoolExecutor(2) as threads:
+        model = pool.register(spec())
+
+        def work(first: int) -> None:
+            for seed in range(150):
+                store(model, prompt(2, seed=first + seed % 7) + prompt(2, seed=first + seed + 50))
+
+        busy = [threads.submit(work, first) for first in (0, 1_000)]
+        while not all(one.done() for one in busy):
+            assert all(shared.depth and shared.tokens for shared in pool.shared_prefixes(5))
+        for one in busy:
+            one.result()
+        assert pool.shared_prefixes(5)
+        check(pool, [])
+
+
 @pytest.mark.parametrize("mode", ["cut", "flipped"])
+@settings(deadline=None)
 @given(st.data())
 def test_any_damaged_byte_is_noticed(mode: str, data: st.DataObject) -> None:
     whole = packed([MARK, MARK])

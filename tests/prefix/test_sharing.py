@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.integrity import check_integrity
@@ -108,6 +108,7 @@ def test_an_index_with_many_trees_and_wide_edges_is_walked_to_the_end() -> None:
 PROMPTS = st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
 
 
+@settings(deadline=None)
 @given(PROMPTS, st.lists(st.text("ab", min_size=1, max_size=6), max_size=4))
 def test_what_was_shared_is_shared_again_once_it_is_restored(prompts: list[str], declared: list[str]) -> None:
     index = make_index()

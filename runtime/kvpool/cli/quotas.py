@@ -158,7 +158,11 @@ def _assign(model: dict[str, Any], tier: str, field: str, value: str | int | Non
 
 
 def _as_meant(file: Path, text: str, expected: Mapping[str, Any]) -> str:
-    if parse_document(file, text).content != expected:
+    try:
+        content = parse_document(file, text).content
+    except ConfigError:  # an anchor that others refer to was in what was replaced
+        content = {}
+    if content != expected:
         raise ConfigError(f"{file} cannot be changed in place: its quotas share text with something else; edit it")
     return text
 
