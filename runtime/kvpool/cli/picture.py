@@ -65,7 +65,7 @@ def _counters(stats: PoolStats) -> Table:
         ("shared hits", f"{stats.shared_hit_blocks:,} blocks"),
         ("prefill saved", _span(stats.saved_prefill_seconds)),
         ("stored", f"{stats.stored_blocks:,} blocks, {size(stats.stored_bytes)}"),
-        ("there already", f"{stats.already_there_blocks:,} blocks"),
+        ("there already", f"{stats.already_there_blocks:,} blocks, {size(stats.already_there_bytes)}"),
         ("refused", _by_reason(stats.refused_blocks.items())),
         ("loads cut short", f"{stats.short_loads:,}"),
         ("saved to ssd", f"{down.saved_blocks:,} blocks, {size(down.saved_bytes)}"),

@@ -41,6 +41,7 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
         stored_blocks=traffic.stored_blocks,
         stored_bytes=traffic.stored_bytes,
         already_there_blocks=traffic.already_there_blocks,
+        already_there_bytes=traffic.already_there_bytes,
         refused_blocks=dict(traffic.refused_blocks),
         short_loads=traffic.short_loads,
         skipped_slower_blocks=traffic.skipped_slower_blocks,

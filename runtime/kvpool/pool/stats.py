@@ -130,6 +130,8 @@ class PoolStats:
     stored_blocks: int
     stored_bytes: int
     already_there_blocks: int
+    already_there_bytes: int
+    """Bytes that stores did not have to keep once more, since another request had stored the same prefix."""
     refused_blocks: Mapping[Refusal, int]
     short_loads: int
     skipped_slower_blocks: int

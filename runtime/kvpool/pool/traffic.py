@@ -20,6 +20,7 @@ class Traffic:
         self.stored_blocks = 0
         self.stored_bytes = 0
         self.already_there_blocks = 0
+        self.already_there_bytes = 0
         self.refused_blocks: Counter[Refusal] = Counter()
         self.skipped_slower_blocks = 0
         """Blocks on SSD that were not read since computing them is faster."""
@@ -38,6 +39,7 @@ class Traffic:
             self.stored_blocks += stored
             self.stored_bytes += stored * record_bytes
             self.already_there_blocks += already_there
+            self.already_there_bytes += already_there * record_bytes
             self.refused_blocks.update(refused)
 
     def count_skipped(self, blocks: int) -> None:

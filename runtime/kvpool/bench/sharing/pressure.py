@@ -42,7 +42,7 @@ class Run(NamedTuple):
     def bytes_saved(self) -> float:
         """Percent of the bytes that requests would have stored, had each kept its own."""
         stats = self.stats
-        return 100 * stats.already_there_blocks / max(stats.already_there_blocks + stats.stored_blocks, 1)
+        return 100 * stats.already_there_bytes / max(stats.already_there_bytes + stats.stored_bytes, 1)
 
     @property
     def prefill_saved(self) -> float:
