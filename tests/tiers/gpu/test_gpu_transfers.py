@@ -234,6 +234,32 @@ def test_an_upload_waits_for_other_streams_on_which_places_were_dropped() -> Non
     tier.close()
 
 
+@pytest.mark.parametrize("dropped_on_the_side", [True, False])
+def test_kernels_of_another_stream_wait_for_those_that_read_what_their_place_held_before(
+    dropped_on_the_side: bool,
+) -> None:
+    device = LateDevice(direct=True)
+    tier = tier_on(device)
+    [place] = tier.allocate_many(RECORD, 1, "a")
+    device.run()
+    payload = tier.payload(place).numpy()
+    side = device.new_stream()
+    reader, writer = (side, device.engine_stream) if dropped_on_the_side else (device.engine_stream, side)
+    read: list[set[int]] = []
+    with device.on(reader):
+        device.queue(reader, lambda: payload.fill(5))
+        device.queue(reader, lambda: read.append(set(payload.tolist())))
+        tier.drop([place])
+    with device.on(writer):
+        assert tier.allocate_many(RECORD, 1, "a") == [place]
+        device.queue(writer, lambda: payload.fill(6))
+    device.run(writer)
+    device.run()
+    assert read == [{5}]
+    assert (payload == 6).all()
+    tier.close()
+
+
 def test_an_upload_runs_beside_what_the_engine_has_queued() -> None:
     device = LateDevice(direct=True)
     tier = tier_on(device)

@@ -9,12 +9,12 @@ Streams of ours run beside the engine's, and wait for events, on the device, nev
 - the clearing of slots that change hands, for all of these;
 - and everything, for the clearing.
 
-The other way round, whoever was given cleared slots may write them from the engine's stream or from its own: both wait
-for the clearing.
+The other way round, whoever was given slots may write them from the engine's stream or from its own: both wait for the
+clearing, and for what other streams had queued when a place was dropped.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
@@ -47,34 +47,33 @@ class Ordering:
     def before_upload(self, streams: Iterable[Stream]) -> None:
         """Have streams of ours wait until what places were dropped and cleared for is over."""
         with self._lock:
-            self._wait(streams, self._settling())
+            self._wait(streams, self._settling().values())
 
     def before_download(self, streams: Iterable[Stream]) -> None:
         """Have streams of ours wait for that, and for all that is queued now."""
         with self._lock:
-            self._wait(streams, self._settling() + self._queued())
+            self._wait(streams, [*self._settling().values(), *self._queued()])
 
     def clear(self, memory: Sequence[Tensor]) -> None:
         """Zero these, after everything else."""
         if not memory:
             return
         with self._lock:
-            self._wait([self._clearing], self._settling() + self._queued())
+            self._wait([self._clearing], [*self._settling().values(), *self._queued()])
             self._device.clear(self._clearing, memory)
             self._cleared = self._device.record(self._clearing)
 
     def let_write(self) -> None:
-        """What the calling thread, or the engine, queues from now on comes after all that was cleared."""
-        cleared = self._cleared
-        if cleared is None:
-            return
-        if cleared.query():
-            with self._lock:
-                if self._cleared is cleared:
-                    self._cleared = None
-            return
-        for stream in self._elsewhere():
-            self._device.wait(stream, cleared)
+        """What the calling thread, or the engine, queues from now on may write slots that were just handed out.
+
+        A stream need not wait for what it was given itself.
+        """
+        with self._lock:
+            settling = self._settling()
+            for stream in self._elsewhere() if settling else ():
+                for other, event in settling.items():
+                    if other != stream:
+                        self._device.wait(stream, event)
 
     def retire(self, memory: Tensor) -> None:
         """`memory` is about to be let go."""
@@ -89,14 +88,14 @@ class Ordering:
     def _queued(self) -> list[Event]:
         return [self._device.record(stream) for stream in self._elsewhere()]
 
-    def _settling(self) -> list[Event]:
-        """Lock held. Those that have passed are forgotten."""
+    def _settling(self) -> dict[Stream, Event]:
+        """Lock held. What must be over before slots are written, by the stream. What is over is forgotten."""
         self._noted = {stream: event for stream, event in self._noted.items() if not event.query()}
         if self._cleared is not None and self._cleared.query():
             self._cleared = None
-        return [*self._noted.values(), *([] if self._cleared is None else [self._cleared])]
+        return self._noted if self._cleared is None else self._noted | {self._clearing: self._cleared}
 
-    def _wait(self, streams: Iterable[Stream], events: Sequence[Event]) -> None:
+    def _wait(self, streams: Iterable[Stream], events: Collection[Event]) -> None:
         for stream in streams:
             for event in events:
                 self._device.wait(stream, event)
