@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 LARGER = Shape(layers=24, hidden=2_048, heads=16, kv_heads=8)
-"""Of 1.2 billion weights."""
+"""Of 1.5 billion weights."""
 
 
 def run(conditions: Conditions) -> Iterator[Row]:
