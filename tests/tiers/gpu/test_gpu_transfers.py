@@ -16,7 +16,7 @@ from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.errors import InputError
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.gpu.cpu import CpuDevice
-from kvpool.tiers.gpu.device import Device
+from kvpool.tiers.gpu.device import Device, Stream
 from kvpool.tiers.gpu.tier import GpuTier
 from kvpool.tiers.gpu.transfer import Traffic, Transfer
 from kvpool.tiers.ram import RamTier
@@ -512,6 +512,49 @@ def test_closing_waits_for_transfers_and_gives_up_those_that_hang() -> None:
     lanes = set(device.streams[1:])
     assert all(lanes <= streams for _, streams in device.retired), "memory that may still be written is not used again"
     assert device.retired
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("after", range(5))
+def test_an_interrupt_in_the_middle_of_copies_never_makes_them_seem_done(direct: bool, after: int) -> None:
+    class Interrupted(LateDevice):
+        left = 1 << 30
+
+        def queue(self, stream: Stream, work: Callable[[], object]) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            super().queue(stream, work)
+
+    device = Interrupted(direct=direct)
+    tier = tier_on(device, streams=2, buffers=20)
+    places = tier.allocate_many(RECORD, 4, "a")
+    device.run()
+    other = tier.upload(places[:1], payloads(1))
+    device.left = after
+    with pytest.raises(KeyboardInterrupt):
+        tier.upload(places, payloads(4))
+    device.left = 1 << 30
+    [transfer] = {*tier._transfers._open} - {other}
+    while not transfer.done:
+        device.run()
+    with pytest.raises(TierUnavailableError, match="broken off"):
+        transfer.wait(0)
+    assert other.wait(1)
+    tier.drop(places)
+    assert tier.used_bytes == 0, "every place is free again"
+    tier.close()
+
+
+def test_direct_copies_are_all_queued_at_once_on_any_number_of_streams() -> None:
+    device = LateDevice(direct=True)
+    tier = tier_on(device, streams=64)
+    places = tier.allocate_many(RECORD, 100, "a")
+    transfer = tier.upload(places, payloads(100))
+    assert transfer.join(0)
+    device.run()
+    assert transfer.done
+    tier.close()
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

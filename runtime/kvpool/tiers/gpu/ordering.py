@@ -75,6 +75,14 @@ class Ordering:
                     if other != stream:
                         self._device.wait(stream, event)
 
+    def follow_engine(self) -> None:
+        """What the calling thread queues from now on comes after all that the engine has queued."""
+        self._between(self._device.engine_stream, self._device.current_stream())
+
+    def precede_engine(self) -> None:
+        """What the engine queues from now on comes after all that the calling thread has queued."""
+        self._between(self._device.current_stream(), self._device.engine_stream)
+
     def retire(self, memory: Tensor) -> None:
         """`memory` is about to be let go."""
         with self._lock:
@@ -84,6 +92,11 @@ class Ordering:
     def _elsewhere(self) -> set[Stream]:
         """Streams that others queue on: the engine's, and the calling thread's."""
         return {self._device.engine_stream, self._device.current_stream()}
+
+    def _between(self, before: Stream, after: Stream) -> None:
+        """Nothing to do on one stream, as nearly always: threads share the default one unless they say otherwise."""
+        if before != after:
+            self._device.wait(after, self._device.record(before))
 
     def _queued(self) -> list[Event]:
         return [self._device.record(stream) for stream in self._elsewhere()]

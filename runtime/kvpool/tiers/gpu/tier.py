@@ -286,6 +286,20 @@ class GpuTier:
         self._trim()
         return self._not_dropped(named)
 
+    def follow_engine(self) -> None:
+        """What the calling thread queues from now on comes after all that the engine has queued: before it reads."""
+        with device_faults():
+            self._ordering.follow_engine()
+
+    def precede_engine(self) -> None:
+        """What the engine queues from now on comes after all that the calling thread has queued: when it has written.
+
+        So is what others queue after their own `follow_engine`, and downloads; and no place that the thread has read
+        is written again before that.
+        """
+        with device_faults():
+            self._ordering.precede_engine()
+
     def advance(self) -> None:
         """Move transfers on that nobody waits for; they also move when anybody looks at any of them."""
         self._transfers.advance()

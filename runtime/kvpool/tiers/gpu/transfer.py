@@ -32,6 +32,7 @@ from kvpool.tiers.tier import TierName, TierUnavailableError
 _EAGER_LOOKS = 20
 """So often an end is looked for without a pause: a copy of 1 MiB takes 20 us."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 20e-6, 1e-3
+_UNKNOWN = object()
 _LOADS_PER_LOOK = 8
 """So many are landed, and so many queued, at one look: they may copy on the host, and deadlines are to hold."""
 
@@ -60,13 +61,17 @@ class Traffic:
 
 @dataclass(slots=True, eq=False)
 class _Load:
-    """What is queued on one stream at once. `buffer` is that of a staged load under way."""
+    """What is queued on one stream at once. `buffer` is that of a staged load under way.
+
+    `complete` says that all of it was queued: not where the device refused some, or where Ctrl-C came between.
+    """
 
     copies: list[Copy]
     stream: Stream
     staged: bool
     buffer: StagingBuffer | None = None
     event: Event | None = None
+    complete: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +79,7 @@ class _Load:
 
     @property
     def has_arrived(self) -> bool:
-        """Also where it never left, because the device refused it."""
+        """Also where it never left."""
         return self.event is None or self.event.query()
 
 
@@ -136,34 +141,35 @@ class Transfer:
     def advance(self) -> bool:
         """Take note of what has arrived, and queue what can be. Whether there was anything to do."""
         with self._lock:
-            if self._ended:
-                return False
-            moved = self._land()
-            moved += self._launch()
-            self._ended = not self._waiting and not self._queued
+            moved = 0
+            if not self._ended:
+                moved = self._land() + self._launch()
+                self._ended = not self._waiting and not self._queued
             if not self._ended:
                 return moved > 0
-        self._owner.forget(self)
-        self._ended_callback()
+        self._tell()
         return True
 
     def give_up(self, reason: str) -> None:
         """End it whatever the device does: the tier is closing, and has waited."""
         with self._lock:
-            if self._ended:
-                return
-            self._fail(TierUnavailableError(TierName.GPU, reason))
-            self._abandon()
-            self._ended = True
-        self._owner.forget(self)
-        self._ended_callback()
+            if not self._ended:
+                self._fail(TierUnavailableError(TierName.GPU, reason))
+                self._abandon()
+                self._ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say once that it has ended."""
+        if self._owner.forget(self):
+            self._ended_callback()
 
     def _land(self) -> int:
         landed = 0
         try:
             with device_faults():
                 while self._queued and landed < _LOADS_PER_LOOK and self._queued[0].has_arrived:
-                    self._take_in(self._queued.popleft())
+                    self._take_in(self._queued[0])
                     landed += 1
         except TierUnavailableError as error:  # it cannot even say what has arrived: nothing more will
             self._fail(error)
@@ -171,10 +177,14 @@ class Transfer:
         return landed
 
     def _take_in(self, load: _Load) -> None:
+        """In an order in which Ctrl-C, wherever it comes, never makes a copy seem done that was not."""
+        if not load.complete and self._fault is None:
+            self._fail(TierUnavailableError(TierName.GPU, "a copy was broken off"))
+        if load.buffer is not None and self.way is Way.DOWNLOAD and not self._cancelled:
+            for copy, (first, end) in zip(load.copies, _spans(load.copies), strict=True):
+                np.copyto(copy.host, load.buffer.array[first:end])
+        self._queued.popleft()
         if load.buffer is not None:
-            if self.way is Way.DOWNLOAD and not self._cancelled:
-                for copy, (first, end) in zip(load.copies, _spans(load.copies), strict=True):
-                    np.copyto(copy.host, load.buffer.array[first:end])
             self._owner.staging.give_back(load.buffer)
         self._landed += 1
         self._owner.count_landed(self.way, load.nbytes)
@@ -183,11 +193,14 @@ class Transfer:
         launched = 0
         try:
             with device_faults():
-                while self._waiting and launched < _LOADS_PER_LOOK and self._take_buffer(self._waiting[0]):
-                    load = self._waiting.popleft()
+                while self._waiting and self._take_buffer(self._waiting[0]):
+                    load = self._waiting[0]
                     self._queued.append(load)
+                    self._waiting.popleft()
                     self._owner.queue(load, self._pairs(load))
                     launched += 1
+                    if load.staged and launched >= _LOADS_PER_LOOK:
+                        break
         except (TierUnavailableError, torch.OutOfMemoryError) as error:  # what is queued by now may arrive
             self._fail(error)
         return launched
@@ -244,7 +257,7 @@ class Transfers:
         self._clock = clock
         self._pause = pause
         self._lock = threading.Lock()
-        self._open: dict[Transfer, None] = {}
+        self._open: dict[Transfer, object] = {}
         self._started = dict.fromkeys(Way, 0)
         self._bytes = dict.fromkeys(Way, 0)
 
@@ -308,6 +321,7 @@ class Transfers:
         """Queue a load's copies. Its event is set even if that fails midway: some of them may be under way."""
         try:
             self.device.copy(load.stream, pairs)
+            load.complete = True
         finally:
             load.event = self.device.record(load.stream)
 
@@ -323,9 +337,9 @@ class Transfers:
         with self._lock:
             self._bytes[way] += nbytes
 
-    def forget(self, transfer: Transfer) -> None:
-        """It has ended."""
-        self._open.pop(transfer, None)
+    def forget(self, transfer: Transfer) -> bool:
+        """It has ended. True for the first who says so."""
+        return self._open.pop(transfer, _UNKNOWN) is not _UNKNOWN
 
     def _start(self, way: Way, direct: Sequence[Copy], staged: Sequence[Copy], ended: Callable[[], None]) -> Transfer:
         lanes = self._lanes(way)
