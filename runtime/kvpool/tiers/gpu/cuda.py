@@ -32,9 +32,7 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise TierUnavailableError(TierName.GPU, _why_there_is_none())
         try:
-            device = torch.device(name)
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.device = torch.device("cuda", index)
+            self.device = _named(name)
             self.engine_stream: Stream = torch.cuda.current_stream(self.device)
             self._check_that_it_computes()
         except (RuntimeError, AssertionError) as error:  # AssertionError: "Invalid device id", of torch's own checks
@@ -144,6 +142,15 @@ def _plain_tensors() -> Iterator[None]:
 def _runtime() -> Any:
     """The CUDA runtime's functions that torch passes on; each returns an error number, 0 for none."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _named(name: str) -> torch.device:
+    """The device, with its number. Raises `RuntimeError` where there is none of this name."""
+    device = torch.device(name)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if device.type != "cuda" or index >= torch.cuda.device_count():
+        raise RuntimeError(f"there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return torch.device("cuda", index)
 
 
 def _why_there_is_none() -> str:

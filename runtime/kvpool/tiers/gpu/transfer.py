@@ -34,7 +34,7 @@ _EAGER_LOOKS = 20
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 20e-6, 1e-3
 _UNKNOWN = object()
 _LOADS_PER_LOOK = 8
-"""So many are landed, and so many queued, at one look: they may copy on the host, and deadlines are to hold."""
+"""So many staged ones are landed, and so many queued, at one look: they copy on the host, and deadlines are to hold."""
 
 
 class Way(Enum):
@@ -168,9 +168,12 @@ class Transfer:
         landed = 0
         try:
             with device_faults():
-                while self._queued and landed < _LOADS_PER_LOOK and self._queued[0].has_arrived:
-                    self._take_in(self._queued[0])
+                while self._queued and self._queued[0].has_arrived:
+                    load = self._queued[0]
+                    self._take_in(load)
                     landed += 1
+                    if load.staged and landed >= _LOADS_PER_LOOK:
+                        break
         except TierUnavailableError as error:  # it cannot even say what has arrived: nothing more will
             self._fail(error)
             self._abandon()
