@@ -8,7 +8,7 @@ from functools import cache
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from kvpool.policy import LruPolicy
+from kvpool.policy import LRU
 from kvpool.prefix.integrity import check_integrity
 from kvpool.replay.index_replay import IndexReplay, play
 from kvpool.replay.reference import exact_lru_hits, offline_bound_hits, timed
@@ -31,7 +31,7 @@ def small_traces(*, requests: int, blocks: int, ids: int) -> st.SearchStrategy[T
 @settings(max_examples=300, deadline=None)
 @given(trace=small_traces(requests=60, blocks=6, ids=3), capacity=st.integers(1, 30))
 def test_the_index_with_lru_hits_exactly_what_an_exact_lru_hits(trace: Trace, capacity: int) -> None:
-    replay = IndexReplay(capacity, LruPolicy)
+    replay = IndexReplay(capacity, LRU)
     hits = [replay.request(blocks) for blocks in trace]
     check_integrity(replay.index)
     assert hits == exact_lru_hits(trace, capacity)
@@ -40,14 +40,14 @@ def test_the_index_with_lru_hits_exactly_what_an_exact_lru_hits(trace: Trace, ca
 def test_prompts_longer_than_a_batch_and_than_the_capacity_hit_what_an_exact_lru_hits() -> None:
     trace = [array("i", range(70)), array("i", range(100, 250)), array("i", range(70)), array("i", range(90))]
     for capacity in (1, 31, 32, 33, 64, 65, 100, 400):
-        replay = IndexReplay(capacity, LruPolicy)
+        replay = IndexReplay(capacity, LRU)
         assert [replay.request(blocks) for blocks in trace] == exact_lru_hits(trace, capacity)
 
 
 def test_a_recorded_length_trace_hits_what_an_exact_lru_hits_at_every_capacity() -> None:
     trace = synthetic_trace(600, seed=5)
     for capacity in (50, 300, 2_000):
-        assert play(trace, capacity, LruPolicy).hits == sum(exact_lru_hits(trace, capacity))
+        assert play(trace, capacity, LRU).hits == sum(exact_lru_hits(trace, capacity))
 
 
 @settings(max_examples=150, deadline=None)

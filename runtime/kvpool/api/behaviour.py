@@ -31,6 +31,7 @@ class Eviction(StrEnum):
     """Which block goes first."""
 
     LRU = "lru"
+    HIT_DENSITY = "hit-density"
 
 
 class Compression(Model):

@@ -247,7 +247,7 @@ def replay(
     capacity_blocks: Annotated[
         str, typer.Option(metavar="N,N,...", help="Capacities to play at, in blocks: 500, 2k, 1M.")
     ] = "2k,5k,10k,20k,50k",
-    policy: Annotated[str, typer.Option(metavar="NAME", help="The eviction policy.")] = "lru",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="The eviction policy, or all of them.")] = "all",
     whole_blocks: Annotated[
         bool, typer.Option("--whole-blocks", help="Leave out a prompt's last block where it is a part of one.")
     ] = False,

@@ -1,20 +1,19 @@
 """`kvpool replay`: hit ratios of recorded requests."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from kvpool.cli.output import console, figure, print_json, table
 from kvpool.errors import ConfigError
-from kvpool.policy import LruPolicy
-from kvpool.prefix.candidates import EvictionPolicy
+from kvpool.policy import POLICIES
 from kvpool.replay.index_replay import play
 from kvpool.replay.outcome import Outcome
 from kvpool.replay.reference import exact_lru_hits, offline_bound_hits, timed
 from kvpool.replay.trace import Trace, read_traces
 
-POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {"lru": LruPolicy}
+ALL = "all"
 _CAPACITY = re.compile(r"([1-9][0-9]*)([kM]?)")
 _SCALE = {"": 1, "k": 1_000, "M": 1_000_000}
 
@@ -43,8 +42,8 @@ class Played(NamedTuple):
 def replay(traces: Sequence[Path], *, capacities: str, policy: str, whole_blocks: bool, as_json: bool) -> None:
     """Play the traces at each capacity, and print what comes of it. Raises `ConfigError` and `InputError`."""
     sizes = capacities_of(capacities)
-    if policy not in POLICIES:
-        raise ConfigError(f"--policy {policy}: there is no such policy; choose from: {', '.join(POLICIES)}")
+    if policy not in (ALL, *POLICIES):
+        raise ConfigError(f"--policy {policy}: there is no such policy; choose from: {', '.join((ALL, *POLICIES))}")
     trace = read_traces(traces, whole_blocks=whole_blocks)
     results = _results(trace, sizes, policy)
     if as_json:
@@ -67,7 +66,8 @@ def capacities_of(text: str) -> list[int]:
 
 def _results(trace: Trace, sizes: Sequence[int], policy: str) -> Iterator[Played]:
     for capacity in sizes:
-        yield Played(capacity, policy, play(trace, capacity, POLICIES[policy]))
+        for name in POLICIES if policy == ALL else (policy,):
+            yield Played(capacity, name, play(trace, capacity, POLICIES[name]))
         yield Played(capacity, "exact-lru", timed(exact_lru_hits, trace, capacity))
         yield Played(capacity, "offline-bound", timed(offline_bound_hits, trace, capacity))
 

@@ -743,7 +743,8 @@ class PrefixIndex:
         if leaf and not extra and not node.shared and len(node.tokens) + len(run) <= MAX_EDGE_BYTES:
             self.bytes += edge_bytes(node, node.blocks + blocks) - edge_bytes(node, node.blocks)
             tree.append(node, run, keys)
-            node.traits += traits
+            if learner is not None:
+                node.traits = learner.extended(node.traits) + traits
             return node
         child = tree.add_child(node, run, keys, extra)
         child.traits = traits
@@ -902,7 +903,9 @@ class PrefixIndex:
     @staticmethod
     def _first_of_tail(node: Node, last: int, level: int, most: int) -> int:
         """Where the run of blocks begins that may leave `level` together with `last`: `last` is the tail there."""
-        first = max(last + 1 - most, node.same_age_from(last), node.leased_to() - node.start)
+        first = max(
+            last + 1 - most, node.same_age_from(last), node.same_trait_from(last), node.leased_to() - node.start
+        )
         for faster in range(level):
             first = max(first, len(node.places[faster] or ()) - 1)
         places = node.places[level]

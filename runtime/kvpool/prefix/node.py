@@ -187,6 +187,10 @@ class Node:
         """What the policy is told of block `index` of this edge; 0 where nothing learns."""
         return self.traits[index] if self.traits else 0
 
+    def same_trait_from(self, index: int) -> int:
+        """The first index from which on to `index` all blocks have one trait."""
+        return len(self.traits[: index + 1].rstrip(self.traits[index : index + 1])) if self.traits else 0
+
     def same_age_from(self, index: int) -> int:
         """The first index from which on to `index` all blocks were used at one time."""
         if self.heads is not None and self.heads[0][1] > self.last_use:

@@ -5,11 +5,10 @@ are taken in the policy's order. Protection of shared prefixes is off, so that t
 """
 
 import time
-from collections.abc import Callable
 from itertools import count, islice
 
 from kvpool.blocks.identity import SECRET_BYTES, Fingerprint, KeyChain, TenantDigest
-from kvpool.prefix.candidates import EvictionPolicy
+from kvpool.policy import LRU, PolicyChoice
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex, SharingRules
 from kvpool.prefix.node import RAM
 from kvpool.prefix.tree import PrefixTree, TreeId
@@ -23,10 +22,13 @@ _NO_LIMIT_BYTES = 1 << 62
 class IndexReplay:
     """One tree in an index that holds at most `capacity_blocks` blocks in RAM."""
 
-    def __init__(self, capacity_blocks: int, make_policy: Callable[[], EvictionPolicy]) -> None:
+    def __init__(self, capacity_blocks: int, policy: PolicyChoice = LRU) -> None:
         self.capacity_blocks = capacity_blocks
         self.index = PrefixIndex(
-            limit_bytes=_NO_LIMIT_BYTES, make_policy=make_policy, sharing=SharingRules(protect=False)
+            limit_bytes=_NO_LIMIT_BYTES,
+            make_policy=policy.make_policy,
+            make_learner=policy.make_learner,
+            sharing=SharingRules(protect=False),
         )
         self._tree = self.index.add_tree(_one_token_tree())
         self._places = count()
@@ -34,7 +36,7 @@ class IndexReplay:
     def request(self, blocks: Blocks) -> int:
         """Match and store one request's blocks; return how many were there."""
         tokens = blocks.tobytes()
-        pin = self.index.match(self._tree, tokens)
+        pin = self.index.match(self._tree, tokens, asked=len(blocks))
         hits = pin.depth
         while pin.depth < len(blocks) and self._store_some(pin, tokens, len(blocks)):
             pass
@@ -56,9 +58,9 @@ class IndexReplay:
         return wanted
 
 
-def play(trace: Trace, capacity_blocks: int, make_policy: Callable[[], EvictionPolicy]) -> Outcome:
+def play(trace: Trace, capacity_blocks: int, policy: PolicyChoice) -> Outcome:
     """Play a whole trace from an empty index on."""
-    replay = IndexReplay(capacity_blocks, make_policy)
+    replay = IndexReplay(capacity_blocks, policy)
     began_s = time.perf_counter()
     hits = sum(map(replay.request, trace))
     return Outcome(len(trace), sum(map(len, trace)), hits, time.perf_counter() - began_s)

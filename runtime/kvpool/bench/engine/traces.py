@@ -7,7 +7,7 @@ import numpy as np
 from kvpool.bench.area import Conditions
 from kvpool.bench.engine.pools import BLOCK_TOKENS, KIB, EngineMemory, InPlace, open_model, pool_config
 from kvpool.bench.row import Figure, Row, at_least, at_most
-from kvpool.policy import LruPolicy
+from kvpool.policy import LRU
 from kvpool.replay.index_replay import play
 from kvpool.replay.reference import exact_lru_hits, offline_bound_hits, timed
 from kvpool.replay.synthetic import synthetic_trace
@@ -27,7 +27,7 @@ def run_replay(conditions: Conditions) -> Iterator[Row]:
     trace = _trace(conditions)
     for capacity in CAPACITIES:
         blocks = conditions.scaled(capacity)
-        ours, exact = play(trace, blocks, LruPolicy), timed(exact_lru_hits, trace, blocks)
+        ours, exact = play(trace, blocks, LRU), timed(exact_lru_hits, trace, blocks)
         figure = Figure(ours.hit_percent, exact.hit_percent, ours.hit_percent / max(exact.hit_percent, 1e-9))
         name = f"{capacity // 1_000}k-blocks"
         yield Row(f"replay.hit-ratio.{name}", "%", figure, at_least(round(exact.hit_percent - 1, 2)))

@@ -1,4 +1,4 @@
-"""Eviction policies: pure objects that order what may go. They know nothing of bytes, tiers or locks."""
+"""Evicts the block that was used longest ago."""
 
 import heapq
 
@@ -27,7 +27,7 @@ class LruPolicy:
     def __len__(self) -> int:
         return len(self._offers)
 
-    def offer(self, candidate: Candidate, last_use: int) -> None:
+    def offer(self, candidate: Candidate, last_use: int, trait: int = 0) -> None:
         """Add a candidate at this age; one that is on offer already gets it in place of its old one."""
         self._serial += 1
         entry = (last_use, self._serial, candidate)

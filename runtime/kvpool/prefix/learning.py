@@ -1,0 +1,83 @@
+"""What a policy may learn from: which blocks are asked for, entered and lost, told to a model's learner.
+
+A learner is optional, and without one nothing here is called. It gives each block a *trait*, a byte that the tree keeps
+(`Node.traits`) and the policy gets with each offer; nobody but the learner knows what it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Protocol
+
+from kvpool.blocks.identity import KEY_BYTES
+from kvpool.prefix.node import Node
+
+
+class Learner(Protocol):
+    """Learns from one model's requests. Guarded by the index's lock. Times are the index's clock; 0 is never."""
+
+    now: int
+    step: bytes
+    """For `bytes.translate`: the traits of blocks after one more use."""
+
+    def used(self, traits: bytes, last_use: int) -> None:
+        """Blocks with these traits, used last at `last_use`, are asked for."""
+        ...
+
+    def asked(self) -> None:
+        """All known blocks of one request have been told."""
+        ...
+
+    def entered(self, keys: bytes, depth: int, now: int) -> bytes:
+        """Blocks are stored that had no copy, the first at `depth`: return their traits."""
+        ...
+
+    def extended(self, traits: bytes) -> bytes:
+        """The last block with these traits is followed by others now: return what they become."""
+        ...
+
+    def lost(self, keys: Iterable[bytes], traits: bytes, last_uses: Iterable[int], held: int) -> None:
+        """Blocks have lost their last copy; the model has `held` copies left."""
+        ...
+
+
+def note_request(learner: Learner, node: Node, depth: int, now: int) -> None:
+    """A request has matched up to `depth` in `node`. To be called before these blocks are dated."""
+    learner.now = now
+    step = learner.step
+    if depth < node.end:
+        inside = depth - node.start
+        _tell_use(learner, node, inside)
+        node.traits = node.traits[:inside].translate(step) + node.traits[inside:]
+        assert node.parent is not None
+        node = node.parent
+    while node.parent is not None:
+        if node.heads is None:
+            learner.used(node.traits, node.last_use)
+        else:
+            _tell_use(learner, node, node.blocks)
+        node.traits = node.traits.translate(step)
+        node = node.parent
+    learner.asked()
+
+
+def note_return(learner: Learner, node: Node, index: int, until: int, now: int) -> None:
+    """Blocks of an edge that have no copy are about to be stored again."""
+    keys = node.keys[index * KEY_BYTES : until * KEY_BYTES]
+    node.traits = node.traits[:index] + learner.entered(keys, node.start + index, now) + node.traits[until:]
+
+
+def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Iterable[bytes], held: int) -> None:
+    """These blocks of an edge have lost their last copy."""
+    traits = bytes([node.traits[at] for at in lost])
+    uses: Iterable[int] = map(node.used_at, lost) if node.heads else repeat(node.last_use, len(lost))
+    learner.lost(keys, traits, uses, held)
+
+
+def _tell_use(learner: Learner, node: Node, until: int) -> None:
+    """Tell the first blocks of an edge as used, those that were used at one time together."""
+    while until > 0:
+        first = node.same_age_from(until - 1)
+        learner.used(node.traits[first:until], node.used_at(until - 1))
+        until = first
