@@ -26,7 +26,7 @@ THROUGHPUT = {
     "tiers.gpu.streams": "8", "tiers.gpu.pinnedMemory": "true", "tiers.gpu.capacity": "16Gi",
     "tiers.gpu.initialSize": "4Gi", "tiers.ram.codec": "fp16", "tiers.dragonfly.codec": "fp16",
     "tiers.database.codec": "fp16", "tiers.ssd.codec": "fp16", "compression.calibrationSamples": "100",
-    "compression.outlierPercentile": "99.9", "tiers.dragonfly.connections": "20",
+    "compression.outlierPercentile": "100", "tiers.dragonfly.connections": "20",
     "tiers.database.postgres.connections": "10", "tiers.dragonfly.batchSize": "200", "tiers.dragonfly.ttl": "2h",
 }  # fmt: skip
 LATENCY = {
@@ -38,7 +38,7 @@ MEMORY_SAVER = {
     "tiers.gpu.streams": "2", "tiers.gpu.pinnedMemory": "false", "tiers.gpu.capacity": "4Gi",
     "tiers.gpu.initialSize": "1Gi", "tiers.ram.codec": "int8-asymmetric", "tiers.dragonfly.codec": "int8-asymmetric",
     "tiers.database.codec": "int8-asymmetric", "tiers.ssd.codec": "int8-asymmetric",
-    "compression.calibrationSamples": "1000", "compression.outlierPercentile": "99.99",
+    "compression.calibrationSamples": "1000", "compression.outlierPercentile": "100",
 }  # fmt: skip
 CHAT = {
     "sharing.minPrefixTokens": "64", "sharing.maxSharedBytes": "8Gi", "sharing.protectShared": "true",

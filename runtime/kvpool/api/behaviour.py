@@ -42,7 +42,9 @@ class Compression(Model):
         None, description="Blocks of a model from which its clip limits are learnt."
     )
     outlier_percentile: Annotated[Number, Field(gt=50, le=100)] | None = Field(
-        None, description="Share of the values, in percent, that the clip limits leave as they are."
+        None,
+        description="Share of the values, in percent, that the clip limits of int codecs leave as they are; 100: no "
+        "limits, for they were not found to help.",
     )
     granularity: Granularity = Field(
         Granularity.AUTO,

@@ -121,7 +121,7 @@ class CompressionConfig(Model):
 
     on_eviction: Annotated[Flag, Origin("compression.onEviction")] = True
     calibration_samples: Annotated[_Count, Origin("compression.calibrationSamples")] = 1000
-    outlier_percentile: Annotated[Number, Field(gt=50, le=100), Origin("compression.outlierPercentile")] = 99.99
+    outlier_percentile: Annotated[Number, Field(gt=50, le=100), Origin("compression.outlierPercentile")] = 100
     granularity: Annotated[Granularity, Origin("compression.granularity")] = Granularity.AUTO
 
 
