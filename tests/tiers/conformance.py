@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvpool.api.codec import Codec
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest
-from kvpool.blocks.layout import PAGE_BYTES
-from kvpool.blocks.record import Buffer, CorruptRecordError, Head, check_payload, read_head, seal
+from kvpool.blocks.layout import PAGE_BYTES, Dtype, KVLayout
+from kvpool.blocks.record import Buffer, CorruptRecordError, Head, check_payload, read_head, seal, sealed_as
+from kvpool.codecs import codec_for, codec_of
 from kvpool.tiers.tier import LocalTier, TierName, TierUnavailableError
 
 Bytes = npt.NDArray[np.uint8]
@@ -58,6 +60,38 @@ def record_of(number: int, payload_bytes: int) -> Bytes:
 
 def records_of(count: int, payload_bytes: int, first: int = 0) -> list[Bytes]:
     return [record_of(number, payload_bytes) for number in range(first, first + count)]
+
+
+def encoded_record_of(number: int, layout: KVLayout, codec: Codec) -> Bytes:
+    """Record `number` of a block of normally distributed values, encoded where the codec saves something, and sealed."""
+    values = np.random.Generator(np.random.PCG64(number)).standard_normal(layout.payload_bytes // 4, np.float32)
+    payload = values.view(np.uint8)
+    if layout.dtype is Dtype.BFLOAT16:  # the upper halves of twice as many floats
+        values = np.concatenate([values, values])
+        payload = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    encoder = codec_for(layout, codec) if codec is not Codec.NONE else None
+    record_bytes = encoder.record_bytes if encoder else layout.record_bytes
+    record = np.full(record_bytes, 0xEE, np.uint8)
+    head = head_of(number, layout.payload_bytes)
+    if encoder is None:
+        record[PAGE_BYTES : PAGE_BYTES + layout.payload_bytes] = payload
+        seal(record, head)
+    else:
+        assert encoder.encode(payload, record[PAGE_BYTES : PAGE_BYTES + encoder.encoded_bytes]) is None
+        sealed_as(record, head, encoder.number, encoder.params, encoder.encoded_bytes)
+    return record
+
+
+def decoded(record: Bytes, layout: KVLayout) -> Bytes:
+    """The payload of a record, as its head says it is encoded."""
+    head = read_head(record)
+    check_payload(record, head)
+    encoded = record[PAGE_BYTES : PAGE_BYTES + head.payload_bytes]
+    if not head.codec:
+        return encoded
+    payload = np.empty(layout.payload_bytes, np.uint8)
+    codec_of(layout, head.codec, head.codec_params).decode(encoded, payload)
+    return payload
 
 
 def is_sealed(record: Bytes) -> bool:
@@ -144,6 +178,20 @@ class TierConformance:
         places = put(tier, records)
         assert len(set(places)) == len(places)
         assert all(holds(tier, place, record) for place, record in zip(places, records, strict=True))
+
+    @pytest.mark.parametrize("codec", list(Codec))
+    @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+    def test_records_of_every_codec_come_back_byte_by_byte_and_decode_to_the_same(
+        self, tier: LocalTier, codec: Codec, dtype: Dtype
+    ) -> None:
+        layout = KVLayout(layers=2, kv_heads=2, head_size=64, dtype=dtype, block_tokens=32)
+        records = [encoded_record_of(number, layout, codec) for number in range(5)]
+        places = put(tier, records)
+        for place, record in zip(places, records, strict=True):
+            found = read(tier, place, record.nbytes)
+            assert found is not None
+            assert np.array_equal(decoded(found, layout), decoded(record, layout))
+            assert read_head(found) == read_head(record)
 
     def test_a_batch_of_thousands_comes_back_in_any_order(self, make_tier: MakeTier) -> None:
         tier = make_tier(64 << 20)
