@@ -63,7 +63,7 @@ def records_of(count: int, payload_bytes: int, first: int = 0) -> list[Bytes]:
 
 
 def encoded_record_of(number: int, layout: KVLayout, codec: Codec) -> Bytes:
-    """Record `number` of a block of normally distributed values, encoded where the codec saves something, and sealed."""
+    """Record `number` of a block of normally distributed values, encoded where that saves something, and sealed."""
     values = np.random.Generator(np.random.PCG64(number)).standard_normal(layout.payload_bytes // 4, np.float32)
     payload = values.view(np.uint8)
     if layout.dtype is Dtype.BFLOAT16:  # the upper halves of twice as many floats
