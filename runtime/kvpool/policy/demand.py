@@ -17,6 +17,8 @@ BINS = 64
 """Two to an octave of age: see `bin_of`."""
 PRIOR_REQUESTS = 10
 """What is known of a trait counts as much as what is known of all together once so many requests' blocks had it."""
+DOUBTFUL_REQUESTS = 200
+"""After so many requests half of the confidence is there."""
 MOST_HAZARD = 0.95
 REFRESH_USES = 64
 """At least so many uses lie between two looks at what was counted, and a twentieth of all that are counted."""
@@ -34,8 +36,8 @@ _SHIFT = 8
 
 
 def bin_of(age: int) -> int:
-    """The bin of an age: bin b holds ages from 2^((b-1)/2) to below 2^(b/2)."""
-    return min((age * age).bit_length(), BINS - 1)
+    """The bin of an age: bin b holds ages from 2^((b-1)/2) to below 2^(b/2); bin 0 what was used just now."""
+    return min((age * age).bit_length(), BINS - 1) if age > 0 else 0
 
 
 def _starts() -> Iterator[float]:
@@ -99,6 +101,11 @@ class Demand:
     def remembered(self) -> int:
         """How many evicted blocks are remembered; never more than `2 * MOST_REMEMBERED`."""
         return len(self._young) + len(self._old)
+
+    @property
+    def confidence(self) -> float:
+        """From 0, nothing was seen yet, to 1."""
+        return self._requests / (self._requests + DOUBTFUL_REQUESTS)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 

@@ -43,15 +43,13 @@ class HitDensityPolicy:
     """
 
     CLEARLY_LESS = 0.6
-    _TAKES = 8
+    """With all the confidence that there can be; less of it asks for a larger difference."""
 
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
         self._traits: dict[Candidate, int] = {}
         self._ages: dict[int, _Ages] = {}
         """Of traits that have candidates."""
-        self._chosen = (0, False)
-        self._chosen_at = self._left = -1
 
     def __len__(self) -> int:
         return len(self._traits)
@@ -78,7 +76,7 @@ class HitDensityPolicy:
         if not self._traits:
             return None
         self._demand.refresh()
-        trait, youngest = self._held_choice()
+        trait, youngest = self._choice()
         candidate, age = self._ages[trait].take(youngest=youngest)
         del self._traits[candidate]
         self._tidy(trait)
@@ -93,13 +91,6 @@ class HitDensityPolicy:
         """The age at which the candidate is on offer; None when it is not."""
         trait = self._traits.get(candidate)
         return None if trait is None else self._ages[trait].oldest.offered_at(candidate)
-
-    def _held_choice(self) -> tuple[int, bool]:
-        """`_choice`, made anew at each new time and after a few takes: it looks at every trait."""
-        self._left -= 1
-        if self._left < 0 or self._chosen_at != self._demand.now or self._chosen[0] not in self._ages:
-            self._left, self._chosen_at, self._chosen = self._TAKES, self._demand.now, self._choice()
-        return self._chosen
 
     def _choice(self) -> tuple[int, bool]:
         """The trait to take from, and whether its youngest."""
@@ -117,7 +108,7 @@ class HitDensityPolicy:
                 least, choice = min(old, young), (trait, young < old)
         assert lru_age is not None
         assert choice is not None
-        if least < self.CLEARLY_LESS * worth(lru_trait, lru_age):
+        if least < self.CLEARLY_LESS * self._demand.confidence * worth(lru_trait, lru_age):
             return choice
         return lru_trait, False
 

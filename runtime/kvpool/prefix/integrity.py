@@ -102,6 +102,8 @@ def _check_edge(tree: PrefixTree, node: Node) -> None:
     extras = {node.start: node.extra} if node.extra else None
     keys = tree.keys_after(tree.parent_key(node), node.start, node.tokens, extras)
     _require(node.keys == keys and len(keys) == blocks * KEY_BYTES, "keys are the chain's", node)
+    traits = 0 if tree.account.learner is None else blocks
+    _require(len(node.traits) == traits, "each block has a trait where something learns, and none elsewhere", node)
     parent = node.parent
     assert parent is not None
     _require(not node.shared or parent.shared or parent.parent is None, "a shared node's parent is shared", node)

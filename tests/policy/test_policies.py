@@ -1,0 +1,104 @@
+"""The policies as pure objects: what they hold, what they give back, and what they remember."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from kvpool.policy import POLICIES, Demand, HitDensityPolicy
+from kvpool.policy import demand as demand_module
+from kvpool.policy.demand import KEY_BYTES, best_density
+from kvpool.prefix.candidates import EvictionPolicy
+
+FRESH = Demand().entered(bytes(2 * KEY_BYTES), 0, 0)[0]
+
+
+def made(name: str) -> EvictionPolicy:
+    choice = POLICIES[name]
+    return choice.make_policy() if choice.make_learner is None else choice.make_policy(choice.make_learner())
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["offer", "offer", "withdraw", "take"]),
+        st.integers(0, 9),
+        st.integers(1, 60),
+        st.sampled_from([FRESH, FRESH + 1, FRESH + 8]),
+    ),
+    max_size=80,
+)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(steps=steps)
+def test_what_is_on_offer_is_taken_once_at_the_age_of_its_last_offer(
+    name: str, steps: list[tuple[str, int, int, int]]
+) -> None:
+    policy, expected = made(name), dict[object, int]()
+    for action, candidate, age, trait in steps:
+        if action == "offer":
+            policy.offer(candidate, age, trait)
+            expected[candidate] = age
+        elif action == "withdraw":
+            policy.withdraw(candidate)
+            expected.pop(candidate, None)
+        else:
+            taken = policy.take()
+            assert (taken is None) == (not expected)
+            if taken is not None:
+                assert expected.pop(taken[0]) == taken[1]
+        assert len(policy) == len(expected)
+        assert policy.next_age() == min(expected.values(), default=None)
+        assert all(policy.offered_at(held) == expected.get(held) for held in range(10))
+
+
+@given(ages=st.lists(st.integers(1, 1_000), max_size=30))
+def test_where_nothing_is_known_the_one_used_longest_ago_goes(ages: list[int]) -> None:
+    policy = HitDensityPolicy(Demand())
+    for candidate, age in enumerate(ages):
+        policy.offer(candidate, age, FRESH)
+    assert [policy.take() for _ in ages] == sorted(((at, age) for at, age in enumerate(ages)), key=lambda one: one[1])
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(KEY_BYTES, "big")
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demand_module, "MOST_REMEMBERED", 2_000)
+    demand = Demand()
+    for first in range(0, 50_000, 10):
+        demand.lost(map(key, range(first, first + 10)), bytes([FRESH]) * 10, [1] * 10, 1 << 40)
+        assert demand.remembered <= 4_000
+    assert demand.remembered >= 2_000
+
+
+def test_an_evicted_block_that_returns_has_its_uses_again() -> None:
+    demand = Demand()
+    first = demand.entered(key(1) + key(2), 0, 1)
+    demand.lost([key(1)], first[:1], [1], 1)
+    again = demand.entered(key(1) + key(2), 0, 9)
+    assert again[0] == first[:1].translate(Demand.step)[0]
+    assert again[1] == first[1]
+    assert demand.remembered == 0
+
+
+def test_a_block_is_the_last_of_its_prompt_until_another_follows() -> None:
+    demand = Demand()
+    traits = demand.entered(key(1) + key(2), 0, 1)
+    assert traits[0] != traits[1]
+    assert demand.extended(traits) == traits[:1] * 2
+
+
+@given(hazards=st.lists(st.floats(0, 0.95), min_size=64, max_size=64))
+def test_the_best_density_is_that_of_the_best_time_to_stop(hazards: list[float]) -> None:
+    lengths = demand_module._LENGTH
+    for first, density in enumerate(best_density(hazards)):
+        hits, time, surviving, best = 0.0, 0.0, 1.0, 0.0
+        for at in range(first, 64):
+            hits += surviving * hazards[at]
+            time += surviving * (lengths[at] or 1.0) * (1 - hazards[at] / 2)
+            surviving *= 1 - hazards[at]
+            best = max(best, hits / time)
+        assert density == pytest.approx(best, rel=1e-6, abs=1e-12)
