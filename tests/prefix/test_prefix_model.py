@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, TenantDigest
-from kvpool.policy import LruPolicy
+from kvpool.policy import POLICIES
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import Gone, Pin, PrefixIndex, SharingRules
 from kvpool.prefix.integrity import check_integrity
@@ -110,12 +110,14 @@ class IndexAgainstModel(RuleBasedStateMachine):
         protect=st.booleans(),
         max_shared=st.sampled_from([0, 3, 1000]),
         auto_detect=st.booleans(),
+        policy=st.sampled_from(sorted(POLICIES)),
     )
-    def open(self, block_tokens: int, protect: bool, max_shared: int, auto_detect: bool) -> None:
+    def open(self, block_tokens: int, protect: bool, max_shared: int, auto_detect: bool, policy: str) -> None:
         self.block_tokens = block_tokens
         self.index = PrefixIndex(
             limit_bytes=1 << 30,
-            make_policy=LruPolicy,
+            make_policy=POLICIES[policy].make_policy,
+            make_learner=POLICIES[policy].make_learner,
             sharing=SharingRules(
                 auto_detect=auto_detect,
                 protect=protect,
