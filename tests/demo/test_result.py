@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from kvpool.demo.measure import FirstTokenFigures
+from kvpool.demo.neighbour import NeighbourReport
 from kvpool.demo.plot import draw
 from kvpool.demo.result import Result
 from kvpool.demo.script import ProcessReport
@@ -23,6 +25,24 @@ FIGURES = FirstTokenFigures(
     pool_load_s=0.01,
     memory_s=0.1,
     memory_same_tokens_s=0.11,
+)
+
+ACCOUNT = {
+    "name": "lab/small-model",
+    "asked_blocks": 200,
+    "matched_blocks": 150,
+    "tiers": {
+        "ram": {"blocks": 90, "used_bytes": 64 << 20, "guaranteed_bytes": 32 << 20, "limit_bytes": 96 << 20},
+        "ssd": {"blocks": 900, "used_bytes": 640 << 20, "guaranteed_bytes": 0, "limit_bytes": None},
+    },
+}
+NEIGHBOUR = NeighbourReport(
+    prompts=12,
+    tokens=12_288,
+    loaded_tokens=0,
+    most_used_bytes={"ram": 24 << 20, "ssd": 100 << 20},
+    limit_bytes={"ram": 24 << 20, "ssd": None},
+    guarantees_kept=True,
 )
 
 
@@ -52,9 +72,10 @@ def report(turns: tuple[TurnReport, ...], **options: Any) -> ProcessReport:
         "blocks_stored": 25,
         "blocks_checked": 24,
         "blocks_wrong": 0,
-        "stats": {"write_behind": {"saved_blocks": 20}},
+        "stats": {"write_behind": {"saved_blocks": 20}, "accounts": [ACCOUNT]},
         "block_tokens": 64,
         "first_token": FIGURES,
+        "neighbour": NEIGHBOUR,
     }
     return ProcessReport(turns=turns, **{**values, **options})
 
@@ -81,6 +102,8 @@ def test_a_demo_in_which_all_went_well_does_not_fail() -> None:
         (result(blocks_wrong=1), "1 blocks came back other than they were stored"),
         (result(turn(2, 3, {"ssd": 64}, same_as_memory=False)), "globex 2, turn 3: the answer differs"),
         (result(turn(2, 3, {"ram": 64})), "nothing from ssd"),
+        (result(neighbour=replace(NEIGHBOUR, guarantees_kept=False)), "lost what is guaranteed"),
+        (result(neighbour=replace(NEIGHBOUR, most_used_bytes={"ram": 25 << 20})), "more than its limit"),
     ],
 )
 def test_what_must_not_be_fails_and_is_said(found: Result, reason: str) -> None:
@@ -103,6 +126,14 @@ def test_the_table_fits_a_terminal_of_80_columns_uncut() -> None:
         ["globex", "2.3", "1,700", "-", "1,664", "12.35", "0.25", "49x", "yes", "no"],
     ]
     assert "…" not in printed(result())
+
+
+def test_the_quotas_of_both_models_are_shown() -> None:
+    lines = [line.split() for line in printed(result()).splitlines() if "small-model" in line]
+    assert lines == [
+        ["small-model", "ram", "90", "64", "32", "96", "75", "%"],
+        ["small-model", "ssd", "900", "640", "-", "-", "75", "%"],
+    ]
 
 
 def test_what_a_process_reports_reaches_the_next_one_unchanged(tmp_path: Path) -> None:

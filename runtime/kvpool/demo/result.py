@@ -13,8 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kvpool.demo.neighbour import NeighbourReport
 from kvpool.demo.script import ProcessReport
 from kvpool.demo.turn import TurnReport
+
+MIB = 1 << 20
 
 
 class Result:
@@ -39,6 +42,8 @@ class Result:
             for turn in self.turns
             if not turn.same_as_memory
         ]
+        for report in (self.first, self.second):
+            failures += _broken_quotas(report)
         if not any(turn.served_tokens.get("ssd") for turn in self.second.turns):
             failures.append("the second process was served nothing from ssd")
         return failures
@@ -64,6 +69,7 @@ class Result:
                 "checked": self.first.blocks_checked + self.second.blocks_checked,
                 "wrong": self.first.blocks_wrong + self.second.blocks_wrong,
             },
+            "neighbour": [asdict(report.neighbour) for report in (self.first, self.second) if report.neighbour],
             "turns": [asdict(turn) for turn in self.turns],
             "pool": {"first": self.first.stats, "second": self.second.stats},
         }
@@ -76,6 +82,7 @@ class Result:
         """Print the table and what it comes to."""
         console.print()
         console.print(self._table())
+        console.print(self._quotas())
         console.print(*self._sentences(), sep="\n", highlight=False)
         for failure in self.failures:
             console.print(f"FAILED: {failure}", style="bold red")
@@ -92,6 +99,18 @@ class Result:
             table.add_row(*_cells(turn), end_section=turn is self.first.turns[-1])
         return table
 
+    def _quotas(self) -> Table:
+        """Both models' use of each tier, as the first process left it."""
+        title = "Two models on one pool, in MiB: what each held when the first process closed, and its quota"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
+        table.add_column("model", no_wrap=True)
+        for name in ("tier", "blocks", "used", "guaranteed", "limit", "hits"):
+            table.add_column(name, justify="right")
+        for account in self.first.stats["accounts"]:
+            for tier, share in account["tiers"].items():
+                table.add_row(*_share_cells(account, tier, share))
+        return table
+
     def _sentences(self) -> list[str]:
         headline, blocks = self.headline, self.as_json()["blocks"]
         evicted = self.first.stats["write_behind"]["saved_blocks"]
@@ -103,6 +122,7 @@ class Result:
             f"{headline.memory_s:.3f} s when only the last token is missing ({headline.against_memory:.2f} times).",
             f"Blocks of {self.first.block_tokens} tokens: {blocks['stored']} stored, {evicted} written to ssd by the "
             f"first process, {blocks['checked']} loaded and compared with what was stored, {blocks['wrong']} wrong.",
+            *_neighbours_sentence(self.first.neighbour),
             "Same as memory: the answer is that of a run which goes on from the same cache kept in memory. A cold",
             "prefill may differ in the last bits, for floating point is not associative, and so in a token.",
         ]
@@ -151,3 +171,34 @@ def times(turn: TurnReport) -> str:
 
 def _tokens(served: Mapping[str, int], tier: str) -> str:
     return f"{served[tier]:,}" if tier in served else "-"
+
+
+def _broken_quotas(report: ProcessReport) -> list[str]:
+    neighbour = report.neighbour
+    if neighbour is None:
+        return []
+    failures = [] if neighbour.limits_kept else ["the second model held more than its limit"]
+    return failures if neighbour.guarantees_kept else [*failures, "the first model lost what is guaranteed to it"]
+
+
+def _neighbours_sentence(neighbour: NeighbourReport | None) -> list[str]:
+    if neighbour is None:
+        return []
+    verdict = "kept its guarantee" if neighbour.guarantees_kept else "LOST WHAT IS GUARANTEED TO IT"
+    return [
+        f"The second model (random weights) computed {neighbour.tokens:,} tokens in {neighbour.prompts} prompts beside "
+        f"the chats, and was held to its limit; the first one {verdict}."
+    ]
+
+
+def _share_cells(account: Mapping[str, Any], tier: str, share: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = account["asked_blocks"]
+    return (
+        account["name"].rpartition("/")[2],
+        tier,
+        f"{share['blocks']:,}",
+        f"{share['used_bytes'] / MIB:,.0f}",
+        f"{share['guaranteed_bytes'] / MIB:,.0f}" if share["guaranteed_bytes"] else "-",
+        f"{share['limit_bytes'] / MIB:,.0f}" if share["limit_bytes"] is not None else "-",
+        f"{100 * account['matched_blocks'] / asked:.0f} %" if asked else "-",
+    )

@@ -15,6 +15,7 @@ from kvpool.demo.audit import AuditedPool, Ledger
 from kvpool.demo.chats import CHATS, Chat, handbook
 from kvpool.demo.measure import FirstTokenFigures, first_token, prompt_of
 from kvpool.demo.memory import InMemoryBlocks
+from kvpool.demo.neighbour import PROMPTS_A_ROUND, QUICK_PROMPTS, Neighbour, NeighbourReport
 from kvpool.demo.smollm2 import NAME, ChatModel, is_converted, load_smollm2
 from kvpool.demo.turn import Player, TurnReport
 from kvpool.pool.pool import Pool
@@ -42,6 +43,16 @@ class Setting:
         return tuple(chat._replace(questions=chat.questions[:1]) for chat in CHATS if chat.number == 1)
 
     @property
+    def rounds(self) -> int:
+        """How many turns the longest chat has in the first process."""
+        return max(len(chat.questions) for chat in self.chats)
+
+    @property
+    def neighbours_prompts(self) -> int:
+        """How many prompts the second model has after each round."""
+        return QUICK_PROMPTS if self.quick else PROMPTS_A_ROUND
+
+    @property
     def answer_tokens(self) -> int:
         """How long answers get at most."""
         return 8 if self.quick else 24
@@ -61,6 +72,7 @@ class ProcessReport:
     stats: dict[str, Any]
     block_tokens: int
     first_token: FirstTokenFigures | None
+    neighbour: NeighbourReport | None
 
     def write(self, path: Path) -> None:
         """Write it for the next process."""
@@ -70,27 +82,38 @@ class ProcessReport:
     def read(cls, path: Path) -> "ProcessReport":
         """Read what `write` has written."""
         content = json.loads(path.read_bytes())
-        figures = content.pop("first_token")
+        figures, neighbour = content.pop("first_token"), content.pop("neighbour")
         turns = tuple(TurnReport(**turn) for turn in content.pop("turns"))
-        return cls(**content, turns=turns, first_token=FirstTokenFigures(**figures) if figures else None)
+        return cls(
+            **content,
+            turns=turns,
+            first_token=FirstTokenFigures(**figures) if figures else None,
+            neighbour=NeighbourReport(**neighbour) if neighbour else None,
+        )
 
 
 def play_first(setting: Setting, console: Console) -> None:
-    """Play all chats, turn by turn in rotation, so that each waits while the others need the memory; then close."""
+    """Play all chats, turn by turn in rotation, so that each waits while the others need the memory; then close.
+
+    Between the rounds a second model stores more than its share.
+    """
     with _loaded(setting, console) as (chat_model, pool):
         for tenant in sorted({chat.tenant for chat in setting.chats}):
             pool.erase(tenant=tenant)  # what an earlier demo left here is not to be served
         memory = InMemoryBlocks(pool.config.block_tokens)
         ledger, player = _player(setting, chat_model, pool, {}, memory)
+        neighbour = Neighbour(pool, ledger, other=NAME)
         chats: dict[str, list[int]] = {}
         turns = []
-        for turn in range(max(len(chat.questions) for chat in setting.chats)):
+        for turn in range(setting.rounds):
             for chat in setting.chats:
                 if turn < len(chat.questions):
                     turns.append(_play(1, chat, turn, chat.questions[turn], chats, chat_model, player, console))
+            with console.status(f"{setting.neighbours_prompts} prompts of another model, above its share"):
+                neighbour.run(turn * setting.neighbours_prompts, setting.neighbours_prompts)
         with console.status(f"measuring a prompt of {HEADLINE_TOKENS:,} tokens"):
             figures = _headline(setting, chat_model, pool)
-        report = _report(turns, chats, ledger, player, pool, figures)
+        report = _report(turns, chats, ledger, player, pool, neighbour, figures)
         console.print("closing the pool: what is only in ram goes down to ssd", style="dim")
     memory.save(setting.work / "memory.safetensors")
     report.write(setting.work / f"{FIRST}.json")
@@ -104,12 +127,14 @@ def play_second(setting: Setting, console: Console) -> None:
         console.print(f"the pool is open again: {restored.blocks} blocks found on ssd in {restored.seconds:.2f} s")
         memory = InMemoryBlocks.load(setting.work / "memory.safetensors", pool.config.block_tokens)
         ledger, player = _player(setting, chat_model, pool, before.hashes, memory)
+        neighbour = Neighbour(pool, ledger, other=NAME)
         chats = dict(before.chats)
         turns = [
             _play(2, chat, len(chat.questions), chat.later, chats, chat_model, player, console)
             for chat in setting.chats
         ]
-        report = _report(turns, chats, ledger, player, pool, None)
+        neighbour.run((setting.rounds - 1) * setting.neighbours_prompts, setting.neighbours_prompts)
+        report = _report(turns, chats, ledger, player, pool, neighbour, None)
     report.write(setting.work / f"{SECOND}.json")
 
 
@@ -168,6 +193,7 @@ def _report(
     ledger: Ledger,
     player: Player,
     pool: Pool,
+    neighbour: Neighbour,
     figures: FirstTokenFigures | None,
 ) -> ProcessReport:
     return ProcessReport(
@@ -180,4 +206,5 @@ def _report(
         stats=asdict(pool.stats()),
         block_tokens=pool.config.block_tokens,
         first_token=figures,
+        neighbour=neighbour.report(),
     )
