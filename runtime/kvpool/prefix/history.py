@@ -19,6 +19,7 @@ class Loss(StrEnum):
     ERASED = "erased"
     UNREGISTERED = "unregistered"
     OVER_QUOTA = "over-quota"
+    TIER_OUT = "tier-out"
 
 
 class Fate(NamedTuple):

@@ -3,7 +3,7 @@
 A node says with `save_to` up to which depth it is wanted on SSD. `begin` picks the next run of blocks for a node,
 parents before children: where an ancestor is not wholly on SSD, that one comes first. The run is leased and its node
 marked busy until `finish`, so that it is neither evicted nor written twice. What can no longer be saved, because a
-block before it has left RAM, is not wanted any more, and neither is what lies below.
+block before it has left memory, is not wanted any more, and neither is what lies below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.record import Head
 from kvpool.prefix.heads import edge_heads
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex
-from kvpool.prefix.node import NOWHERE, RAM, SSD, Node
+from kvpool.prefix.node import GPU, NOWHERE, RAM, SSD, Node
 from kvpool.prefix.tree import PrefixTree
 
 
@@ -30,7 +30,7 @@ class Idle(Enum):
 
 
 class Run(NamedTuple):
-    """Blocks side by side in one edge, in RAM and not yet on SSD. Leased until `finish`."""
+    """Blocks side by side in one edge, in RAM or in device memory, and not yet on SSD. Leased until `finish`."""
 
     wanted: Node
     """The queued node that this is for, to go on with."""
@@ -40,8 +40,10 @@ class Run(NamedTuple):
     first: int
     """Depth of the first block."""
     places: list[int]
-    """Where they lie in RAM."""
+    """Where they lie at `level`."""
     heads: list[Head]
+    level: int
+    """RAM; GPU where they are not in RAM."""
 
 
 def want(index: PrefixIndex, pin: Pin, depth: int) -> Node | None:
@@ -76,11 +78,11 @@ def is_between_saved(index: PrefixIndex, pin: Pin, first: int) -> bool:
 
 
 def want_everything(index: PrefixIndex, tree: PrefixTree) -> list[Node]:
-    """Ask for all that the tree has in RAM; the nodes to queue, parents before children."""
+    """Ask for all that the tree has in memory; the nodes to queue, parents before children."""
     with index.lock:
         found: list[Node] = []
         for node in tree.nodes():
-            held = len(node.places[RAM] or ())
+            held = max(len(node.places[RAM] or ()), len(node.places[GPU] or ()))
             if held > _saved(node):
                 node.save_to = max(node.save_to, node.start + held)
                 if not node.queued:
@@ -112,7 +114,8 @@ def begin(
         first = _saved(target)
         until = target.blocks if target is not node else node.save_to - node.start
         most = min(BATCH_BLOCKS, max(1, most_bytes // tree.record_bytes), until - first)
-        places = _ram_run(target, first, most)
+        level = RAM if target.place(first, RAM) != NOWHERE else GPU
+        places = _run_at(target, level, first, most)
         if not places:
             _give_up(node)
             return Idle.DONE
@@ -120,7 +123,7 @@ def begin(
         index._count_lease(target, pin.depth)
         target.busy = pin
         heads = edge_heads(target, first, first + len(places), payload_bytes=payload_bytes)
-        return Run(node, pin, target, target.start + first, places, heads)
+        return Run(node, pin, target, target.start + first, places, heads, level)
 
 
 def finish(index: PrefixIndex, run: Run, written: Sequence[int | None], *, charged: int = 0) -> list[int]:
@@ -170,8 +173,8 @@ def _saved(node: Node) -> int:
     return places.index(NOWHERE) if NOWHERE in places else len(places)
 
 
-def _ram_run(node: Node, first: int, most: int) -> list[int]:
-    places = node.places[RAM]
+def _run_at(node: Node, level: int, first: int, most: int) -> list[int]:
+    places = node.places[level]
     run = places[first : first + most].tolist() if places is not None and most > 0 else []
     return run[: run.index(NOWHERE)] if NOWHERE in run else run
 
