@@ -667,6 +667,8 @@ def test_a_pool_opens_from_the_file_of_a_kvcachepool(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_for_and_not_there_yet_is_said(tmp_path: Path) -> None:
-    asked = type(config()).model_validate({**config().model_dump(by_alias=True), "gpu": {"capacityBytes": MIB}})
+    dragonfly = {"codec": "none", "ttlS": 60.0, "connections": 1, "batchSize": 1, "budgetS": 0.1, "tls": False}
+    plain = config().model_dump(mode="json", by_alias=True)
+    asked = type(config()).model_validate({**plain, "dragonfly": {**dragonfly, "secret": "elsewhere"}})
     with Pool.open(asked, directory=tmp_path) as pool:
-        assert any("tiers.gpu is not used" in notice for notice in pool.notices)
+        assert any("tiers.dragonfly is not used" in notice for notice in pool.notices)

@@ -10,7 +10,7 @@ from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.layout import KVLayout
 from kvpool.config import RuntimeConfig, SsdConfig
-from kvpool.policy import LruPolicy
+from kvpool.policy import POLICIES
 from kvpool.pool.calibration import NO_CLIPPING, Calibrations
 from kvpool.pool.copies import Copies
 from kvpool.pool.costs import TierCosts
@@ -19,6 +19,11 @@ from kvpool.pool.encodings import Encodings
 from kvpool.pool.engine import Engine, Identities, LiveSettings, Tenants
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
+from kvpool.pool.gpu_demotion import Demoter, DemotionParts
+from kvpool.pool.gpu_memory import GpuMemory
+from kvpool.pool.gpu_parts import Gpu
+from kvpool.pool.gpu_promotion import Promoter
+from kvpool.pool.gpu_store import GpuOpener, GpuStore
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
@@ -29,12 +34,14 @@ from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.write_behind import WriteBehind
 from kvpool.prefix.history import History
 from kvpool.prefix.index import PrefixIndex, SharingRules
-from kvpool.prefix.node import RAM, SSD
+from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.resilience import BreakerLimits, CircuitBreaker
+from kvpool.tiers.extents import PageLock
 from kvpool.tiers.ram import RamTier, region_of
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.ssd.place import bytes_of, segment_of
 from kvpool.tiers.ssd.tier import SsdTier
+from kvpool.tiers.tier import TierUnavailableError
 
 READ_FAILURES, WRITE_FAILURES = 3, 1
 _log = logging.getLogger(__name__)
@@ -49,18 +56,21 @@ def assemble(
     is_unregistered: Callable[[Fingerprint], bool],
     wake: Callable[[], None],
     disk: Disk | None,
+    gpu: GpuOpener,
 ) -> Engine:
-    """Make the parts and start their threads. The ssd tier is opened by the caller, with `store.reopen`."""
+    """Make the parts and start their threads. The gpu and ssd tiers are opened by the caller."""
     secret = load_or_create_secret(directory.path)
     epochs = Epochs.load(directory.path, is_new=directory.is_new)
-    ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages)
+    ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages, page_lock=_page_lock(config, gpu))
     ram.start_prefault()
+    policy = POLICIES[config.policy.eviction.value]
     index = PrefixIndex(
         limit_bytes=config.ram.index_bytes,
-        make_policy=LruPolicy,
+        make_policy=policy.make_policy,
+        make_learner=policy.make_learner,
         sharing=sharing_rules(config),
         history=history,
-        region_of={RAM: region_of, SSD: segment_of},
+        region_of={**({GPU: region_of} if config.gpu else {}), RAM: region_of, SSD: segment_of},
         bytes_of={RAM: ram.bytes_of, SSD: bytes_of},
     )
     store = SsdStore(
@@ -71,7 +81,10 @@ def assemble(
         costs=TierCosts(),
     )
     events = EventBus()
-    copies = Copies(ram, store)
+    gpu_store = None
+    if config.gpu is not None:
+        gpu_store = GpuStore(gpu, config.gpu, breaker=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)))
+    copies = Copies(ram, store, gpu_store)
     memory = Memory(ram, index, copies)
     reclaimer = Reclaimer(index, store, copies)
     encodings = make_encodings(config, directory, identity_of)
@@ -79,6 +92,29 @@ def assemble(
     def payload_bytes_of(fingerprint: Fingerprint) -> int | None:
         identity = identity_of(fingerprint)
         return None if identity is None else identity.layout.payload_bytes
+
+    def layout_of(fingerprint: Fingerprint) -> KVLayout | None:
+        identity = identity_of(fingerprint)
+        return None if identity is None else identity.layout
+
+    ram_encoder = RamEncoder(
+        index,
+        memory,
+        encodings,
+        on_eviction=config.compression.on_eviction,
+        compresses_shared=lambda: engine.settings.compress_shared,
+    )
+    gpu_parts = None
+    if gpu_store is not None:
+        parts = DemotionParts(index, gpu_store, memory, copies, events, ram_encoder, payload_bytes_of)
+        demoter = Demoter(parts)
+        gpu_memory = GpuMemory(gpu_store, index, copies, demoter)
+        promoter = Promoter(
+            parts, gpu_memory, encodings, layout_of=layout_of, after_hits=lambda: engine.settings.gpu_after_hits
+        )
+        gpu_parts = Gpu(
+            index, copies, store=gpu_store, memory=gpu_memory, demoter=demoter, promoter=promoter
+        )  # fmt: skip
 
     engine = Engine(
         index=index,
@@ -95,20 +131,15 @@ def assemble(
             copies,
             reclaimer,
             events,
-            Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared),
+            Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared, gpu=gpu_store),
             payload_bytes_of=payload_bytes_of,
         ),
         events=events,
         tenants=Tenants(secret, epochs, index, shared=config.sharing.scope is SharingScope.POOL),
         settings=live_settings(config),
         encodings=encodings,
-        ram_encoder=RamEncoder(
-            index,
-            memory,
-            encodings,
-            on_eviction=config.compression.on_eviction,
-            compresses_shared=lambda: engine.settings.compress_shared,
-        ),
+        ram_encoder=ram_encoder,
+        gpu=gpu_parts,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
         wake=wake,
@@ -141,6 +172,7 @@ def live_settings(config: RuntimeConfig) -> LiveSettings:
         ssd_budget_s=0.1 if ssd is None else ssd.budget_s,
         read_ahead=config.policy.read_ahead,
         compress_shared=config.sharing.compress_shared,
+        gpu_after_hits=config.policy.gpu_after_hits,
     )
 
 
@@ -158,11 +190,22 @@ def sharing_rules(config: RuntimeConfig) -> SharingRules:
 def notices(config: RuntimeConfig) -> tuple[str, ...]:
     """What the configuration asks for and this version does not have, a sentence each."""
     found = [
-        f"tiers.{name} is not used: this version has the ram and ssd tiers"
-        for name, tier in (("gpu", config.gpu), ("dragonfly", config.dragonfly), ("database", config.database))
+        f"tiers.{name} is not used: this version has the gpu, ram and ssd tiers"
+        for name, tier in (("dragonfly", config.dragonfly), ("database", config.database))
         if tier is not None
     ]
     return tuple(found)
+
+
+def _page_lock(config: RuntimeConfig, gpu: GpuOpener) -> PageLock | None:
+    """What pins the ram tier's memory, so that the device copies from and to it directly; None without a device."""
+    if config.gpu is None or not config.gpu.pinned_memory:
+        return None
+    try:
+        return gpu.page_lock(config.ram.capacity_bytes)
+    except TierUnavailableError as error:
+        _log.info("ram tier: not pinned: %s", error.reason)
+        return None
 
 
 def _ssd_opener(directory: PoolDirectory, disk: Disk | None) -> Callable[[SsdConfig], SsdTier]:

@@ -14,7 +14,7 @@ from kvpool.pool.reading import TIER_OUT, ReadJob
 from kvpool.pool.restoring import use_tier
 from kvpool.prefix.accounts import Account
 from kvpool.prefix.heads import edge_heads
-from kvpool.prefix.node import LEVELS, NOWHERE, SSD, Node
+from kvpool.prefix.node import GPU, LEVELS, NOWHERE, SSD, Node
 from kvpool.prefix.reclaiming import evict_own
 from kvpool.resilience import BreakerState
 from kvpool.tiers.ssd.place import bytes_of
@@ -85,9 +85,11 @@ class Chores:
 
     def keep_quotas(self) -> None:
         """Take from models what they hold above a limit that was lowered; what is leased goes when its leases end."""
-        index = self._engine.index
+        index, gpu = self._engine.index, self._engine.gpu
         for level in LEVELS:
             for account, excess in index.ledger.over_limit(level):
+                while level == GPU and gpu is not None and excess > 0 and gpu.demoter.bring_down(excess, own=account):
+                    excess = -account.room(level)
                 while excess > 0:
                     gone = (
                         evict_own(index, account, excess) if level == SSD else index.evict_own(account, level, excess)

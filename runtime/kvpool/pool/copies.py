@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 
+from kvpool.pool.gpu_store import GpuStore
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix.index import Gone, PrefixIndex
-from kvpool.prefix.node import RAM, SSD
+from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.tiers.ram import RamTier
 
 
 class Copies:
     """The way from the index back to the tiers."""
 
-    def __init__(self, ram: RamTier, ssd: SsdStore) -> None:
+    def __init__(self, ram: RamTier, ssd: SsdStore, gpu: GpuStore | None = None) -> None:
         self._ram = ram
         self._ssd = ssd
+        self._gpu = gpu
 
     def release(self, gone: Sequence[Gone]) -> None:
         """Give every place back."""
@@ -24,6 +26,8 @@ class Copies:
             self._ram.drop(ram)
         if len(ram) < len(gone):
             self._ssd.drop([copy.place for copy in gone if copy.level == SSD])
+            if self._gpu is not None:
+                self._gpu.drop([copy.place for copy in gone if copy.level == GPU])
 
 
 def shrink_index(index: PrefixIndex, copies: Copies) -> bool:

@@ -20,6 +20,7 @@ from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
 from kvpool.pool.fetch import FetchParts
 from kvpool.pool.gate import Gate
+from kvpool.pool.gpu_parts import Gpu
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
@@ -48,6 +49,7 @@ class LiveSettings:
     ssd_budget_s: float
     read_ahead: bool
     compress_shared: bool
+    gpu_after_hits: int
 
 
 class Tenants:
@@ -109,6 +111,8 @@ class Engine:
     settings: LiveSettings
     encodings: Encodings
     ram_encoder: RamEncoder
+    gpu: Gpu | None
+    """None: the configuration has no gpu tier."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
     wake: Callable[[], None]

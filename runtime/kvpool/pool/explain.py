@@ -24,6 +24,7 @@ _WHY = {
     Loss.ERASED: (Verdict.ERASED, "its tenant was erased"),
     Loss.UNREGISTERED: (Verdict.UNREGISTERED, "its model was unregistered"),
     Loss.OVER_QUOTA: (Verdict.OVER_QUOTA, "its model was over its quota in {tier}"),
+    Loss.TIER_OUT: (Verdict.TIER_DOWN, "its only copy was in {tier}, which fell out"),
 }
 
 

@@ -11,9 +11,12 @@ from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.blocks.transfer import BlockSink
 from kvpool.errors import PoolClosedError
 from kvpool.pool.fetch import Fetch
+from kvpool.pool.gpu_loading import GpuReader
+from kvpool.pool.gpu_parts import Gpu
+from kvpool.pool.gpu_store import GpuOutError
 from kvpool.pool.results import LeaseState
 from kvpool.prefix.index import Pin
-from kvpool.prefix.node import NOWHERE, RAM, SSD
+from kvpool.prefix.node import GPU, NOWHERE, RAM, SSD
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import TierName
 
@@ -82,7 +85,9 @@ class Lease:
         served = self._served = Counter()
         with model._engine.gate:
             in_ram = model._engine.index.places(pin, RAM)
-            if NOWHERE not in in_ram:
+            if model._engine.gpu is not None:
+                loaded = self._load_with_gpu(model._engine.gpu, pin, sink, in_ram, served)
+            elif NOWHERE not in in_ram:
                 self._hand_over(sink, 0, in_ram)
                 served[TierName.RAM] += len(in_ram)
                 loaded = len(in_ram)
@@ -114,6 +119,50 @@ class Lease:
             else:
                 with engine.decoded(layout, record) as payload:
                     _write(sink, block, payload[:])
+
+    def _load_with_gpu(self, gpu: Gpu, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
+        """As `load`; where the device fails on the way, the rest comes from where else it lies."""
+        in_gpu = self._model._engine.index.places(pin, GPU)
+        reader = GpuReader(gpu.store, self._model.layout, sink, in_gpu, in_ram)
+        while True:
+            try:
+                with reader.in_order():
+                    loaded = self._deliver_mixed(reader, pin, sink, in_ram, served)
+                break
+            except GpuOutError:
+                reader.give_up()
+        if reader.is_on_device and NOWHERE in in_gpu[:loaded] and gpu.store.tier is not None:
+            gpu.promoter.note(pin, in_gpu.index(NOWHERE))
+        return loaded
+
+    def _deliver_mixed(
+        self, reader: GpuReader, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]
+    ) -> int:
+        """Deliver what was not `served` yet; the blocks that have arrived in all. Raises `GpuOutError`."""
+        block = served.total()
+        held = [max(places) for places in zip(in_ram, reader.places, strict=True)]
+        fetch = None
+        if NOWHERE in held[block:]:
+            read_already = [0] * block
+            fetch = self._model.fetch(pin, read_already + held[block:], self._model._engine.index.places(pin, SSD))
+        try:
+            while block < len(held):
+                slot, tier, count = in_ram[block], TierName.RAM, 1
+                if reader.places[block] != NOWHERE:
+                    count, tier = reader.hand_over(block), TierName.GPU
+                else:
+                    if slot == NOWHERE:
+                        fetched = None if fetch is None else fetch.slot(block)
+                        if fetched is None:
+                            break
+                        slot, tier = fetched, TierName.SSD
+                    self._hand_over(sink, block, (slot,))
+                served[tier] += count
+                block += count
+            return block
+        finally:
+            if fetch is not None:
+                fetch.close()
 
     def _load_with_ssd(self, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
         engine = self._model._engine

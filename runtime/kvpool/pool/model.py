@@ -16,13 +16,14 @@ from kvpool.pool.engine import Engine
 from kvpool.pool.events import BlockStored
 from kvpool.pool.explain import Explainer
 from kvpool.pool.fetch import WINDOW_BYTES, Fetch, plan
+from kvpool.pool.gpu_landing import GpuLanding
 from kvpool.pool.lease import Lease
 from kvpool.pool.results import BlockReport, Refusal, StoreResult
 from kvpool.prefix.accounts import Grant
 from kvpool.prefix.heads import pinned_keys
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import BATCH_BLOCKS, Pin
-from kvpool.prefix.node import NOWHERE, RAM
+from kvpool.prefix.node import GPU, NOWHERE, RAM
 from kvpool.prefix.saving import is_between_saved
 from kvpool.prefix.tree import Extras, PrefixTree
 from kvpool.tiers.tier import TierName
@@ -87,7 +88,7 @@ class Model:
             self._prefill_rate, self._measured = rate, True
 
     def match(self, tokens: Tokens, *, tenant: str = "default", extra_keys: Mapping[int, bytes] | None = None) -> Lease:
-        """Lease the longest prefix of `tokens`, in whole blocks, that RAM and SSD hold for this tenant. Never waits.
+        """Lease the longest prefix of `tokens`, in whole blocks, that gpu, ram and ssd hold for a tenant. Never waits.
 
         `extra_keys` says what token ids do not: for a block's index, a digest of the images, audio or embeddings whose
         placeholders are among its tokens; they must be the same when it is stored. Raises `InputError` for what is no
@@ -104,7 +105,7 @@ class Model:
         pin = engine.index.match(tree, packed, extras, None, asked=len(packed) // self._token_bytes)
         if pin.depth:
             if not engine.store.readable:
-                self._shorten_to_ram(pin)
+                self._shorten_to_memory(pin)
             if (pin.node.save_to < pin.depth or tree.gapped) and engine.store.writable:
                 engine.writer.want(pin, pin.depth)
         return Lease(self, pin)
@@ -119,7 +120,8 @@ class Model:
     ) -> StoreResult:
         """Keep the whole blocks of `tokens` that are not there yet; `source` is asked for those, in order.
 
-        Returns once they are in RAM: writing them further down happens behind. A block that finds no room, since
+        Returns once they are in RAM, or in device memory where there is a gpu tier and the source is a
+        `DeviceBlockSource`: writing them further down happens behind. A block that finds no room, since
         everything is leased, ends the store: what was stored before stays. What the source raises ends it as well, and
         reaches the caller. Raises `InputError` and `PoolClosedError` as `match` does.
         """
@@ -174,11 +176,11 @@ class Model:
 
     # -- for the lease -------------------------------------------------------------------------------------------------
 
-    def fetch(self, pin: Pin, in_ram: Sequence[int], on_ssd: Sequence[int]) -> Fetch | None:
-        """What brings the blocks that are not in RAM; None where SSD is out, or slower than computing them."""
+    def fetch(self, pin: Pin, in_memory: Sequence[int], on_ssd: Sequence[int]) -> Fetch | None:
+        """What brings the blocks that are not in memory; None where SSD is out, or slower than computing them."""
         engine = self._engine
         record_bytes = self.layout.record_bytes
-        batches = plan(in_ram, on_ssd)
+        batches = plan(in_memory, on_ssd)
         blocks = sum(len(batch.places) for batch in batches)
         nbytes = sum(len(batch.places) * batch.record_bytes for batch in batches)
         if not blocks or not engine.store.readable:
@@ -245,11 +247,14 @@ class Model:
             self._trees[tenant] = tree
             return tree
 
-    def _shorten_to_ram(self, pin: Pin) -> None:
+    def _shorten_to_memory(self, pin: Pin) -> None:
         """SSD is out: promise only what does not need it."""
-        in_ram = self._engine.index.places(pin, RAM)
-        if NOWHERE in in_ram:
-            self._engine.index.shorten(pin, in_ram.index(NOWHERE), uncount=True)
+        index = self._engine.index
+        held = index.places(pin, RAM)
+        if self._engine.gpu is not None:
+            held = [max(places) for places in zip(held, index.places(pin, GPU), strict=True)]
+        if NOWHERE in held:
+            index.shorten(pin, held.index(NOWHERE), uncount=True)
 
     def _store_after(
         self, pin: Pin, packed: bytes, source: BlockSource, extras: Extras | None, total: int
@@ -257,24 +262,37 @@ class Model:
         """Store what follows the pin, batch by batch; the blocks stored, and why it ended early if it did."""
         record_bytes = self.layout.record_bytes
         most = max(1, min(BATCH_BLOCKS, STORE_BATCH_BYTES // record_bytes))
+        gpu = self._engine.gpu
+        landing = None if gpu is None else GpuLanding(gpu, self.layout, source)
         stored = 0
         while pin.depth < total:
             if not self._shrink_index():
                 return stored, Refusal.INDEX_FULL
-            count = min(most, total - pin.depth)
-            slots, granted = self._engine.memory.allocate(pin.tree.account, record_bytes, count)
+            level, tier, first, count = GPU, TierName.GPU, pin.depth, min(most, total - pin.depth)
+            slots = [] if landing is None else landing.take(pin, count)
             if not slots:
-                return stored, _REFUSAL_OF[granted]
-            self._fill(pin, slots, source)
-            first = pin.depth
+                level, tier = RAM, TierName.RAM
+                count = count if landing is None else landing.in_ram(count)
+                slots, granted = self._engine.memory.allocate(pin.tree.account, record_bytes, count)
+                if not slots:
+                    return stored, _REFUSAL_OF[granted]
+                self._fill(pin, slots, source)
             charged = len(slots) * record_bytes
-            refused = self._engine.index.attach(pin, packed, RAM, slots, extras, charged=charged)
-            self._engine.memory.drop(refused)
+            refused = self._engine.index.attach(pin, packed, level, slots, extras, charged=charged)
+            self._drop(level, refused)
             if pin.tree.erased:
                 return stored, Refusal.ERASED
             stored += len(slots) - len(refused)
-            self._after_attach(pin, first, packed)
+            self._after_attach(pin, first, packed, tier)
         return stored, None
+
+    def _drop(self, level: int, refused: list[int]) -> None:
+        gpu = self._engine.gpu
+        if level == GPU and gpu is not None:
+            gpu.memory.drop(refused)
+            gpu.demoter.wake_if_nearly_full()
+        else:
+            self._engine.memory.drop(refused)
 
     def _fill(self, pin: Pin, slots: list[int], source: BlockSource) -> None:
         """Have the source write payloads into slots; they are freed if it fails."""
@@ -286,18 +304,19 @@ class Model:
             self._engine.memory.free(pin.tree.account, slots)
             raise
 
-    def _after_attach(self, pin: Pin, first: int, packed: bytes) -> None:
+    def _after_attach(self, pin: Pin, first: int, packed: bytes, tier: TierName) -> None:
         engine = self._engine
         if engine.store.writable and (
             not engine.settings.second_hit or self._seen_before(pin) or is_between_saved(engine.index, pin, first)
         ):
             engine.writer.want(pin, pin.depth)
-        engine.ram_encoder.want(pin.node)
+        if tier is TierName.RAM:
+            engine.ram_encoder.want(pin.node)
         if engine.events.active:
             parent, *keys = pinned_keys(engine.index, pin, first)
             run = packed[first * self._token_bytes : pin.depth * self._token_bytes]
             block_tokens, fingerprint = self.layout.block_tokens, self.identity.fingerprint
-            engine.events.publish(BlockStored(tuple(keys), parent, run, block_tokens, fingerprint, TierName.RAM))
+            engine.events.publish(BlockStored(tuple(keys), parent, run, block_tokens, fingerprint, tier))
 
     def _seen_before(self, pin: Pin) -> bool:
         """Whether the last block was here once and was lost: storing it again is its second hit."""

@@ -23,6 +23,7 @@ from kvpool.pool.directory import PoolDirectory
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import Event
 from kvpool.pool.explain import Explainer
+from kvpool.pool.gpu_store import GpuOpener, TorchDevice, extent_bytes_of
 from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
@@ -33,9 +34,10 @@ from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, Unregister
 from kvpool.pool.shared_file import load_shared, save_shared
 from kvpool.pool.snapshot import snapshot
 from kvpool.pool.stats import PoolStats
+from kvpool.prefix.accounts import Quotas
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import LEVEL_NAMES
-from kvpool.prefix.node import RAM, SSD
+from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.prefix.sharing import SharedPrefix, top_shared
 from kvpool.prefix.tree import PrefixTree, TreeId
 from kvpool.resilience import Degradation
@@ -43,7 +45,7 @@ from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
-"""How long closing may write what is in RAM down to SSD."""
+"""How long closing may write what is in memory down to SSD."""
 GRACE_S = 5.0
 """How much longer it may take in all, for what is in flight to end."""
 _log = logging.getLogger(__name__)
@@ -55,7 +57,13 @@ class Pool:
     Every method may be called from any thread. Faults of a tier are never raised: they are misses, and show in `stats`.
     """
 
-    def __init__(self, config: RuntimeConfig, directory: PoolDirectory, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        directory: PoolDirectory,
+        disk: Disk | None = None,
+        gpu: GpuOpener | None = None,
+    ) -> None:
         """Use `Pool.open`."""
         self.config = config
         self.directory = directory.path
@@ -68,7 +76,7 @@ class Pool:
         self._close_lock = threading.Lock()
         self._closed = False
         self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
-        self._encoder = Housekeeper("encoder")
+        self._encoder, self._gpu_keeper = Housekeeper("encoder"), Housekeeper("gpu-keeper")
         self._engine: Engine = assemble(
             config,
             directory,
@@ -77,6 +85,7 @@ class Pool:
             is_unregistered=self._registry.is_unregistered,
             wake=self._memory_keeper.wake,
             disk=disk,
+            gpu=gpu or TorchDevice(),
         )
         self._engine.shared_marks = load_shared(directory.path)
         self._explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
@@ -89,19 +98,22 @@ class Pool:
         *,
         directory: Path | None = None,
         disk: Disk | None = None,
+        gpu: GpuOpener | None = None,
     ) -> Pool:
         """Open the pool of this configuration: one in memory, or the file of one, or of a `KVCachePool`.
 
         Its directory is `directory`, or what the configuration says, or a place of its own below the user's data
         directory. What lies there on SSD is found again. An ssd tier that cannot be used now (a full or failing disk)
-        is left out and tried again. `disk` are the ssd tier's system calls, for those who want to see them fail. Raises
-        `ConfigError`; `DirectoryInUseError`, which names the process that has the pool open; `IncompatibleDataError`
-        for a newer program's directory.
+        is left out and tried again; so is a gpu tier without a GPU. To be called in the thread of the engine whose
+        model is on the GPU, if there is one. `disk` are the ssd tier's system calls, for those who want to see them
+        fail; `gpu` is the device of the gpu tier, `TorchDevice("cuda")` unless it is given. Raises `ConfigError`;
+        `DirectoryInUseError`, which names the process that has the pool open; `IncompatibleDataError` for a newer
+        program's directory.
         """
         resolved = _resolved(config)
         held = PoolDirectory.open(directory or resolved.directory or default_directory(resolved.name))
         try:
-            pool = cls(resolved, held, disk)
+            pool = cls(resolved, held, disk, gpu)
         except BaseException:
             held.close()
             raise
@@ -207,7 +219,25 @@ class Pool:
 
     def degradations(self) -> frozenset[Degradation]:
         """What is out of that which the configuration asks for."""
-        return frozenset({Degradation.NO_SSD} if self._engine.store.degraded else ())
+        engine = self._engine
+        found = {Degradation.NO_SSD} if engine.store.degraded else set()
+        if engine.gpu is not None and engine.gpu.store.tier is None:
+            found.add(Degradation.NO_GPU)
+        return frozenset(found)
+
+    def release_device_memory(self, nbytes: int) -> int:
+        """The engine is out of device memory: hold `nbytes` less of it; how many bytes it was given back by now.
+
+        Blocks move down to RAM as far as there is room. Leased ones go when their leases end. The gpu tier grows again,
+        up to its capacity, after a while. 0 where there is no gpu tier.
+        """
+        with self._engine.gate:
+            gpu = self._engine.gpu
+            if gpu is None:
+                return 0
+            given_back = gpu.memory.give_back(nbytes)
+            gpu.note_capacity()
+            return given_back
 
     def erase(self, *, tenant: str) -> EraseReport:
         """See that nothing which this tenant has stored can be matched any more, from before this call returns.
@@ -254,7 +284,7 @@ class Pool:
         return self._engine.events.subscribe(listener)
 
     def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
-        """Write what is in RAM down to SSD, for at most `deadline_s`, and give everything back.
+        """Write what is in memory down to SSD, for at most `deadline_s`, and give everything back.
 
         Leases that are still open raise `PoolClosedError` from now on. An operation in flight ends first. A disk that
         does not answer is left behind after some seconds more. Calling it again does nothing.
@@ -270,6 +300,8 @@ class Pool:
         engine = self._engine
         for identity in self._registry.known():
             self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
+        if engine.gpu is not None:
+            engine.gpu.store.open()
         self._set_quotas(self.config)
         tier = engine.store.open()
         if tier is not None:
@@ -283,6 +315,10 @@ class Pool:
         self._disk_keeper.start(self._chores.on_disk())
         engine.ram_encoder.wake = self._encoder.wake
         self._encoder.start([engine.ram_encoder.run])
+        if engine.gpu is not None:
+            engine.gpu.capacity_changed = lambda: self._set_quotas(self.config)
+            engine.gpu.store.wake = self._gpu_keeper.wake
+            self._gpu_keeper.start(engine.gpu.chores())
 
     def _close(self, deadline_s: float) -> None:
         """Whatever happens on the way, also Ctrl-C, everything below is given back."""
@@ -293,6 +329,8 @@ class Pool:
             stack.callback(self._directory.close)
             stack.callback(self._keep_rates)
             stack.callback(engine.ram.close)
+            if engine.gpu is not None:
+                stack.callback(engine.gpu.store.close)
             stack.callback(engine.events.close)
             stack.callback(_by, until_s, self._close_ssd)
             stack.callback(_by, until_s, lambda: save_history(self._directory.history, engine.index))
@@ -302,6 +340,7 @@ class Pool:
             stack.callback(self._disk_keeper.close, until_s)
             stack.callback(self._memory_keeper.close, until_s)
             stack.callback(self._encoder.close, until_s)
+            stack.callback(self._gpu_keeper.close, until_s)
             engine.gate.wait_empty(GRACE_S)
             self._flush_to_close(deadline_s)
 
@@ -346,17 +385,22 @@ class Pool:
         return identities
 
     def _checked_terms(self, spec: ModelSpec) -> Terms | None:
-        """What the model is to be registered with; None: as it was."""
+        """What the model is to be registered with, what the spec leaves open as it was; None: all of it."""
         for tier in spec.quotas:
-            if tier not in LEVEL_OF or (tier is TierName.SSD and self.config.ssd is None):
+            has_none = {TierName.GPU: self.config.gpu is None, TierName.SSD: self.config.ssd is None}
+            if tier not in LEVEL_OF or has_none.get(tier, False):
                 raise InputError(f"model {spec.identity.name!r} has a quota for {tier}, which this pool does not keep")
         for tier, codec in spec.codecs.items():
             if tier not in (TierName.RAM, TierName.SSD):
                 raise InputError(f"model {spec.identity.name!r} has codec {codec} for {tier}; choose it for ram or ssd")
         if not (spec.quotas or spec.codecs):
             return None
-        rate = self._registry.terms(spec.identity.fingerprint).prefill_tokens_per_second
-        return Terms(quotas=dict(spec.quotas), codecs=dict(spec.codecs), prefill_tokens_per_second=rate)
+        known = self._registry.terms(spec.identity.fingerprint)
+        return Terms(
+            quotas=dict(spec.quotas) or known.quotas,
+            codecs=dict(spec.codecs) or known.codecs,
+            prefill_tokens_per_second=known.prefill_tokens_per_second,
+        )
 
     def _use_codecs(self, fingerprint: Fingerprint, codecs: Mapping[TierName, Codec]) -> None:
         self._engine.encodings.use(fingerprint, {LEVEL_OF[tier]: codec for tier, codec in codecs.items()})
@@ -379,7 +423,33 @@ class Pool:
             check_guarantees(
                 quotas, SSD, capacity_bytes=ssd_bytes, extent_bytes=PAGE_BYTES, path="models[].quotas.ssd.guaranteed"
             )
-        self._engine.index.set_quotas(quotas, [0, config.ram.capacity_bytes, ssd_bytes])
+        if config.gpu:
+            check_guarantees(
+                quotas,
+                GPU,
+                capacity_bytes=config.gpu.capacity_bytes,
+                extent_bytes=extent_bytes_of(config.gpu),
+                path="models[].quotas.gpu.guaranteed",
+            )
+        gpu_bytes = self._guaranteeable_gpu_bytes(quotas)
+        self._engine.index.set_quotas(quotas, [gpu_bytes, config.ram.capacity_bytes, ssd_bytes])
+
+    def _guaranteeable_gpu_bytes(self, quotas: Quotas) -> int:
+        """What guarantees in device memory are counted against.
+
+        Where the device holds less than is guaranteed, that is all of it still: then memory is had first come, first
+        served, and each model up to its guarantee.
+        """
+        gpu = self._engine.gpu
+        if gpu is None:
+            return 0
+        usable = gpu.store.usable_bytes
+        guaranteed = sum(by_level[GPU].guaranteed for by_level in quotas.values() if GPU in by_level)
+        if 0 < usable < guaranteed:
+            _log.warning(
+                "gpu tier: %d bytes are guaranteed, and the device has %d: first come, first served", guaranteed, usable
+            )
+        return max(usable, guaranteed)
 
     def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
         if prefill_tokens_per_second is None:
@@ -408,7 +478,7 @@ class Pool:
     def _bury(self, is_wanted: Callable[[PrefixTree], bool]) -> tuple[dict[TierName, int], dict[TierName, int], int]:
         """Give back what was erased: blocks and bytes per tier, and how many blocks of these trees are leased still."""
         engine = self._engine
-        blocks = dict.fromkeys((TierName.RAM, TierName.SSD), 0)
+        blocks = dict.fromkeys((*([TierName.GPU] if engine.gpu else []), TierName.RAM, TierName.SSD), 0)
         nbytes = dict(blocks)
         while gone := engine.index.bury():
             engine.copies.release(gone)

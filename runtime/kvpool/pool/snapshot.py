@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from kvpool.api.codec import Codec
 from kvpool.pool.engine import Engine
+from kvpool.pool.gpu_store import GpuStore
 from kvpool.pool.model import Model
 from kvpool.pool.stats import (
     AccountStats,
@@ -20,15 +21,15 @@ from kvpool.pool.stats import (
     WriteBehindStats,
 )
 from kvpool.prefix.accounts import UNLIMITED, Account
-from kvpool.prefix.node import RAM, SSD
+from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.resilience import Degradation, mode
 from kvpool.tiers.tier import TierName
 
 
 def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: Iterable[Degradation]) -> PoolStats:
     """Return all counters as they are now. Counts of different parts may be of slightly different moments."""
-    index, traffic, store = engine.index, engine.traffic, engine.store
-    shared = {TierName.RAM: index.shared_bytes[RAM], TierName.SSD: index.shared_bytes[SSD]}
+    index, traffic = engine.index, engine.traffic
+    shared = {tier: index.shared_bytes[level] for tier, level in _levels(engine).items()}
     return PoolStats(
         name=name,
         mode=mode(degradations),
@@ -62,7 +63,7 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
             )
             for model in models
         ),
-        accounts=tuple(_account(account, store.configured) for account in list(index.ledger.accounts.values())),
+        accounts=tuple(_account(account, _levels(engine)) for account in list(index.ledger.accounts.values())),
         encoding=EncodingStats(
             encoded_blocks=_plain(engine.encodings.encoded_blocks),
             raw_bytes=_plain(engine.encodings.raw_bytes),
@@ -72,8 +73,14 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
     )
 
 
-def _account(account: Account, has_ssd: bool) -> AccountStats:
-    levels = {TierName.RAM: RAM, TierName.SSD: SSD} if has_ssd else {TierName.RAM: RAM}
+def _levels(engine: Engine) -> dict[TierName, int]:
+    """The tiers that the pool is configured with, and their levels in the index."""
+    levels = {TierName.GPU: GPU, TierName.RAM: RAM, TierName.SSD: SSD}
+    has = {TierName.GPU: engine.gpu is not None, TierName.RAM: True, TierName.SSD: engine.store.configured}
+    return {tier: level for tier, level in levels.items() if has[tier]}
+
+
+def _account(account: Account, levels: dict[TierName, int]) -> AccountStats:
     return AccountStats(
         name=account.name,
         asked_blocks=account.asked_blocks,
@@ -93,7 +100,8 @@ def _account(account: Account, has_ssd: bool) -> AccountStats:
 
 def _tiers(engine: Engine) -> dict[TierName, TierStats]:
     index, traffic, store = engine.index, engine.traffic, engine.store
-    tiers = {
+    tiers = {} if engine.gpu is None else {TierName.GPU: _gpu(engine, engine.gpu.store)}
+    tiers |= {
         TierName.RAM: TierStats(
             name=TierName.RAM,
             available=True,
@@ -121,6 +129,22 @@ def _tiers(engine: Engine) -> dict[TierName, TierStats]:
             last_error=store.last_error,
         )
     return tiers
+
+
+def _gpu(engine: Engine, store: GpuStore) -> TierStats:
+    index, traffic = engine.index, engine.traffic
+    return TierStats(
+        name=TierName.GPU,
+        available=store.tier is not None,
+        capacity_bytes=store.usable_bytes,
+        used_bytes=store.used_bytes,
+        blocks=index.copies[GPU],
+        block_bytes=index.copy_bytes[GPU],
+        loaded_blocks=traffic.loaded_blocks[TierName.GPU],
+        loaded_bytes=traffic.loaded_bytes[TierName.GPU],
+        corrupt={},
+        last_error=store.last_error,
+    )
 
 
 def _write_behind(engine: Engine) -> WriteBehindStats:

@@ -1,6 +1,6 @@
-"""Writes blocks from RAM to SSD behind the callers' backs, parents before children.
+"""Writes blocks from memory to SSD behind the callers' backs, parents before children.
 
-A queue of tree nodes, not of bytes: what waits in it stays in RAM, and may be evicted from there, coldest first. So
+A queue of tree nodes, not of bytes: what waits in it stays in memory, and may be evicted from there, coldest first. So
 writers that fall behind drop the coldest work, and everything that hangs on it; the index counts that. The queue is
 served oldest first, which is where eviction is about to strike.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from kvpool.blocks.identity import Fingerprint
 from kvpool.pool.copies import Copies
 from kvpool.pool.events import EventBus
+from kvpool.pool.gpu_store import GpuOutError
 from kvpool.pool.memory import Memory
 from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.sealing import Sealer
@@ -85,7 +86,7 @@ class WriteBehind:
             self._push([node])
 
     def want_everything(self) -> None:
-        """Have all that is in RAM written, what was used last first, for closing may not have time for all of it."""
+        """Have all that is in memory written, what was used last first, for closing may not have time for all of it."""
         with self._index.lock:
             trees = list(self._index.trees.values())
         nodes = [node for tree in trees for node in saving.want_everything(self._index, tree)]
@@ -194,6 +195,8 @@ class WriteBehind:
                 granted = self._charge(run.pin.tree.account, sizes)
                 if granted:
                     written[:granted] = self._append(records[:granted])
+        except GpuOutError:
+            return "gpu-unavailable"
         finally:
             refused = saving.finish(self._index, run, written, charged=sum(sizes[:granted]))
             self._store.drop(refused)
