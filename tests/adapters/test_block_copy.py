@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpool.adapters.transformers.block_copy import CacheSink, CacheSource
+from kvpool.adapters.transformers.block_copy import CacheSink, CacheSource, cache_sink, cache_source
 from kvpool.adapters.transformers.geometry import DTYPES
 from kvpool.adapters.transformers.layers import Slab
 from kvpool.blocks.layout import KVLayout
+from kvpool.blocks.transfer import DeviceBlockSink, DeviceBlockSource
 
 LAYERS, BATCH, HEADS, CAPACITY, KEY, VALUE, BLOCK = 3, 2, 2, 40, 6, 4, 8
 
@@ -106,3 +107,43 @@ def test_a_read_only_payload_is_taken_without_a_warning_and_stays_read_only() ->
         warnings.simplefilter("error")
         CacheSink(shape, here, 0, 0, CAPACITY).write_block(0, payload)
     assert not payload.flags.writeable
+
+
+@given(
+    row=st.integers(0, BATCH - 1),
+    padding=st.integers(0, 7),
+    block=st.integers(0, 3),
+    split_at=st.integers(1, LAYERS),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+def test_on_the_device_a_block_is_the_same_bytes_as_by_way_of_the_host(
+    row: int, padding: int, block: int, split_at: int, dtype: torch.dtype
+) -> None:
+    shape, there = layout(dtype), numbered(dtype, split_at=split_at)
+    payload = np.zeros(shape.payload_bytes, np.uint8)
+    on_device = torch.zeros(shape.payload_bytes, dtype=torch.uint8)
+    source = cache_source(shape, there, row, padding, gpu_types=["cpu"])
+    assert isinstance(source, DeviceBlockSource)
+    source.read_block(block, payload)
+    source.read_block_on_device(block, on_device)
+    assert torch.equal(on_device, torch.from_numpy(payload))
+
+    held = [
+        [Slab(slab.first_layer, torch.zeros_like(slab.keys), torch.zeros_like(slab.values)) for slab in there]
+        for _ in range(2)
+    ]
+    end = padding + block * BLOCK + 5
+    cache_sink(shape, held[0], row, padding, end).write_block(block, read_only(payload))
+    sink = cache_sink(shape, held[1], row, padding, end, gpu_types=["cpu"])
+    assert isinstance(sink, DeviceBlockSink)
+    sink.write_block_from_device(block, on_device)
+    for one, other in zip(*held, strict=True):
+        assert torch.equal(one.keys.view(torch.uint8), other.keys.view(torch.uint8))
+        assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+
+
+def test_only_a_cache_that_lies_on_one_device_of_the_gpu_tiers_kind_is_copied_there() -> None:
+    assert not isinstance(cache_source(layout(), numbered(torch.float32), 0, 0), DeviceBlockSource)
+    elsewhere = numbered(torch.float32, split_at=1)
+    elsewhere[1] = Slab(1, elsewhere[1].keys.to("meta"), elsewhere[1].values.to("meta"))
+    assert not isinstance(cache_source(layout(), elsewhere, 0, 0, gpu_types=["cpu", "meta"]), DeviceBlockSource)

@@ -1,9 +1,10 @@
 """The face of the adapter: a model that is registered with a pool, and sessions for its prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvpool.adapters.transformers.block_copy import GPU_TYPES
 from kvpool.adapters.transformers.geometry import DYNAMIC_CACHES, inspect_model, require_evaluation
 from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.identity import model_identity
@@ -34,7 +35,8 @@ class TransformersCache:
     Makes sure that the model's cache is one that blocks can hold (`UnsupportedModelError` says why not), and registers
     the model under an identity made from its weights' content and its configuration. `weights` is an id that you vouch
     for instead of hashing; `revision` and `name` default to what the model says of itself. After changing weights in
-    place, make a new one with another `generation`. Safe from any thread, as far as the model is.
+    place, make a new one with another `generation`. Where the model's cache lies on a device of one of `gpu_types`,
+    blocks stay there, in the pool's gpu tier. Safe from any thread, as far as the model is.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class TransformersCache:
         generation: bytes = b"",
         prefill_tokens_per_second: float | None = None,
         digest_file: Path | None = None,
+        gpu_types: Collection[str] = GPU_TYPES,
     ) -> None:
         self.model = model
+        self._gpu_types = gpu_types
         self._memory = HostMemory()
         self.geometry = inspect_model(model)
         identity = model_identity(
@@ -83,7 +87,9 @@ class TransformersCache:
         tenants = [tenant] * len(prompt.rows) if isinstance(tenant, str) else list(tenant)
         if len(tenants) != len(prompt.rows):
             raise InputError(f"tenant has {len(tenants)} names for {len(prompt.rows)} rows; pass one, or one per row")
-        return Session(self.model, self.blocks, self.geometry, prompt, tenants, room_tokens, self._memory)
+        return Session(
+            self.model, self.blocks, self.geometry, prompt, tenants, room_tokens, self._memory, self._gpu_types
+        )
 
     def generate(
         self,

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvpool.adapters.transformers.block_copy import CacheSink, CacheSource
+from kvpool.adapters.transformers.block_copy import GPU_TYPES, cache_sink, cache_source
 from kvpool.adapters.transformers.geometry import Geometry, generate_argument, require_evaluation
 from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.layers import KVBuffer, pooled_cache, slabs_of
@@ -105,12 +105,14 @@ class Session:
         tenants: Sequence[str],
         room_tokens: int,
         memory: HostMemory,
+        gpu_types: Collection[str] = GPU_TYPES,
     ) -> None:
         self._model = model
         self._blocks = blocks
         self._geometry = geometry
         self._prompt = prompt
         self._tenants = tenants
+        self._gpu_types = gpu_types
         self._served: Counter[TierName] = Counter()
         buffer = KVBuffer(geometry, len(prompt.rows), prompt.width + room_tokens, memory)
         self.loaded_columns = self._load(buffer)
@@ -184,7 +186,9 @@ class Session:
         sequences = self._sequences(output, length)
         results = [
             self._blocks.store(
-                tokens, CacheSource(self._blocks.layout, slabs, number, row.padding), tenant=self._tenants[number]
+                tokens,
+                cache_source(self._blocks.layout, slabs, number, row.padding, gpu_types=self._gpu_types),
+                tenant=self._tenants[number],
             )
             for number, row in enumerate(self._prompt.rows)
             if row.tokens and (tokens := self._row_tokens(row, sequences[number, :length]))
@@ -202,9 +206,8 @@ class Session:
                 blocks = -(-max(0, wanted - row.padding) // layout.block_tokens)
                 if blocks < lease.blocks:  # more than the row with least allows: do not read what cannot be used
                     lease = leases.enter_context(self._match(number, row.tokens[: blocks * layout.token_bytes]))
-                arrived.append(
-                    lease.load(CacheSink(layout, buffer.slabs, number, row.padding, wanted)) if blocks else 0
-                )
+                sink = cache_sink(layout, buffer.slabs, number, row.padding, wanted, gpu_types=self._gpu_types)
+                arrived.append(lease.load(sink) if blocks else 0)
                 self._served.update(lease.served)
         columns = loadable_columns(self._prompt, arrived)
         for number, row in enumerate(rows):
