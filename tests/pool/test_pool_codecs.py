@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +356,40 @@ def test_clip_limits_are_learnt_once_kept_and_used_after_a_restart(tmp_path: Pat
     assert limits.read_bytes() != learnt, "damaged ones are learnt anew"
 
 
+def test_a_calibration_that_is_killed_leaves_the_old_limits_in_force(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ssd": Codec.INT8_SYMMETRIC, "outlierPercentile": 99.0, "calibrationSamples": 4}
+    with open_with(tmp_path, **options) as pool:
+        store(pool.register(spec(layout=LARGE)), 6)
+        flushed(pool)
+    [limits] = (tmp_path / "calibration").iterdir()
+    learnt = limits.read_bytes()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.pool.test_pool_codecs", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    for _ in range(3):
+        assert child.stdout.readline() == "stored and saved\n", "it learns anew, from more blocks than it ever gets"
+    child.kill()
+    child.communicate()
+    assert limits.read_bytes() == learnt
+    with open_with(tmp_path, **options) as pool:
+        store(pool.model("m"), 6, seed=500)
+        flushed(pool)
+        empty_ram(pool)
+        assert load(pool.model("m"), 6, seed=500)[0].error(0) > BOUND[Codec.INT8_SYMMETRIC] / 4, "they clip"
+    assert limits.read_bytes() == learnt
+
+
+def calibrate_for_ever(directory: Path) -> None:
+    """Store and save until somebody kills it, as a process of its own: learning limits from blocks without end."""
+    options: dict[str, Any] = {"ssd": Codec.INT8_SYMMETRIC, "outlierPercentile": 99.9, "calibrationSamples": 100_000}
+    with open_with(directory, **options) as pool:
+        for seed in count(1):
+            store(pool.model("m"), 6, seed=seed)
+            flushed(pool)
+            print("stored and saved", flush=True)
+
+
 def test_records_that_are_no_floats_are_kept_as_they_are(tmp_path: Path) -> None:
     bytes_layout = KVLayout(layers=2, kv_heads=2, head_size=64, dtype=Dtype.UINT8, block_tokens=4)
     with open_with(tmp_path, ssd=Codec.INT8_SYMMETRIC, ram=Codec.FP16) as pool:
@@ -361,3 +398,7 @@ def test_records_that_are_no_floats_are_kept_as_they_are(tmp_path: Path) -> None
         flushed(pool)
         empty_ram(pool)
         assert served(model, prompt(4)) == {TierName.SSD: 4}
+
+
+if __name__ == "__main__":
+    calibrate_for_ever(Path(sys.argv[1]))
