@@ -33,7 +33,7 @@ from kvpool.tiers.gpu.cpu import CpuDevice
 from kvpool.tiers.gpu.device import Device
 from kvpool.tiers.gpu.tier import GpuTier
 from kvpool.tiers.tier import TierName, TierUnavailableError
-from tests.tiers.gpu.devices import FullDevice, IllDevice
+from tests.tiers.gpu.devices import FullDevice, IllDevice, LateDevice
 
 from .kv import (
     DEADLINE_S,
@@ -101,11 +101,16 @@ class Devices:
 
 
 def gpu_config(
-    *, gpu: int = 16 * RECORD, quotas: Mapping[str, QuotaConfig] | None = None, after_hits: int = 2, **options: Any
+    *,
+    gpu: int = 16 * RECORD,
+    quotas: Mapping[str, QuotaConfig] | None = None,
+    after_hits: int = 2,
+    eviction: str = "lru",
+    **options: Any,
 ) -> RuntimeConfig:
     plain = config(**options).model_dump(mode="json", by_alias=True)
     plain["gpu"] = {"capacityBytes": gpu}
-    plain["policy"] |= {"gpuAfterHits": after_hits, "eviction": "lru"}
+    plain["policy"] |= {"gpuAfterHits": after_hits, "eviction": eviction}
     plain["models"] = [
         {"name": name, "quotas": {"gpu": quota.model_dump(mode="json", by_alias=True)}}
         for name, quota in (quotas or {}).items()
@@ -253,6 +258,7 @@ def test_the_coldest_goes_down_to_ram_before_the_device_is_full_and_from_there_t
         for seed in range(3):
             store(model, prompt(6, seed=seed))
         assert load(model, prompt(6, seed=0)) == {TierName.GPU: 6}
+        flushed(pool)  # what is being written is leased
         gpu_of(pool).demoter.run()
         assert held(pool, GPU) == 15
         assert held(pool, RAM) == 3
@@ -616,18 +622,24 @@ def test_a_block_that_was_decoded_for_the_device_is_never_encoded_again(tmp_path
         model = pool.register(spec(layout=large))
         source = Floats(model)
         model.store(prompt(4), source)
-        pool._engine.ram_encoder.run()
-        eventually(lambda: held_bytes(pool, RAM) < 4 * large.record_bytes, "it is encoded")
+        codec = pool._engine.encodings.codec(model.identity.fingerprint, RAM)
+        assert codec is not None
+        eventually(lambda: held_bytes(pool, RAM) == 4 * codec.record_bytes, "all are encoded")
+        encoded = pool.stats().encoding.encoded_blocks
         from_ram = arrived(model)
         keep(pool)
         assert held(pool, GPU) == 4
         assert arrived(model) == from_ram, "the device holds what ram would have given"
         assert held(pool, RAM) == 4, "the encoded copy stays"
+        flushed(pool)
         empty_ram(pool)
+        assert held(pool, RAM) < 4
         gpu_of(pool).demoter.bring_down(4 * large.record_bytes)
-        assert held(pool, RAM) == 0 or held_bytes(pool, RAM) < held(pool, RAM) * large.record_bytes
+        pool._engine.ram_encoder.run()
         pool._engine.writer.want_everything()
         flushed(pool)
+        assert pool.stats().encoding.encoded_blocks == encoded
+        assert held_bytes(pool, RAM) == held(pool, RAM) * codec.record_bytes
         check_gpu(pool)
 
 
@@ -699,6 +711,105 @@ def test_threads_store_and_load_on_a_device_that_is_too_small_and_falls_out(tmp_
         flushed(pool)
         eventually(lambda: not gpu.promoter._queue, "the keeper is idle")
         check(pool)
+
+
+class Late(DevicePrompt):
+    """A prompt whose copies are queued on a device that works late, on whatever stream is current."""
+
+    def __init__(self, device: LateDevice, *args: Any) -> None:
+        super().__init__(*args)
+        self.device = device
+
+    def read_block_on_device(self, index: int, into: Any) -> None:
+        self.device.queue(self.device.current_stream(), partial(np.copyto, into.numpy(), self._payload(index)))
+
+    def write_block_from_device(self, index: int, payload: Any) -> None:
+        self.written_from_device.append(index)
+        self.device.queue(self.device.current_stream(), partial(self.write_block, index, payload.numpy()))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_streams_store_and_load_a_block_is_read_when_it_was_written_and_before_its_slot_is_used_again(
+    tmp_path: Path, seed: int
+) -> None:
+    random, device = Random(seed), LateDevice(seed, direct=bool(seed % 2))
+    sinks: list[Late] = []
+    with opened(tmp_path, device=Devices(lambda: device), gpu=8 * RECORD, after_hits=1, ssd=4 * MIB) as pool:
+        model = pool.register(spec())
+        streams = [device.engine_stream, device.new_stream(), device.new_stream()]
+        for _ in range(40):
+            tokens, tenant = prompt(random.randrange(1, 6), seed=random.randrange(6)), random.choice("ab")
+            prompt_of = Late(device, model, tokens, tenant)
+            with device.on(random.choice(streams)):
+                if random.random() < 0.5:
+                    model.store(tokens, prompt_of, tenant=tenant)
+                else:
+                    with model.match(tokens, tenant=tenant) as lease:
+                        lease.load(prompt_of)
+                    sinks.append(prompt_of)
+            if random.random() < 0.2:
+                keep(pool)
+        device.run()
+        assert any(sink.written_from_device for sink in sinks)
+        assert [sink.wrong for sink in sinks] == [[] for _ in sinks]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("eviction", ["lru", "hit-density"])
+def test_whatever_happens_every_block_comes_back_right_and_nothing_is_lost_count_of(
+    quick_path: Path, seed: int, eviction: str
+) -> None:
+    random = Random(seed)
+    quotas = {"m": QuotaConfig(guaranteed_bytes=4 * RECORD), "n": QuotaConfig(limit_bytes=5 * RECORD)}
+    options: dict[str, Any] = {"ram": 24 * RECORD, "ssd": 4 * MIB if seed % 2 else None, "after_hits": 1 + seed % 3}
+    with opened(quick_path, quotas=quotas, eviction=eviction, **options) as pool:
+        models = [pool.register(spec()), pool.register(spec("n")), pool.register(spec("wide", layout=WIDE))]
+        gpu, leases = gpu_of(pool), list[tuple[Lease, Model, Any, str]]()
+
+        def match() -> None:
+            model, tokens, tenant = choose()
+            leases.append((model.match(tokens, tenant=tenant), model, tokens, tenant))
+
+        def load_leased() -> None:
+            if leases:
+                loaded(*random.choice(leases))
+
+        def unlease() -> None:
+            if leases:
+                leases.pop(random.randrange(len(leases)))[0].close()
+
+        def fall() -> None:
+            if gpu.store.tier is not None and random.random() < 0.3:
+                fall_out(gpu)
+                gpu.store.open()
+
+        def choose() -> tuple[Model, Any, str]:
+            return random.choice(models), prompt(random.randrange(1, 8), seed=random.randrange(9)), random.choice("ab")
+
+        actions: list[Callable[[], Any]] = [
+            *[lambda: store(*choose())] * 4,
+            lambda: store_from_host(*choose()),
+            *[lambda: load(*choose())] * 4,
+            lambda: load_to_host(*choose()),
+            match,
+            load_leased,
+            unlease,
+            unlease,
+            gpu.demoter.run,
+            gpu.promoter.run,
+            lambda: pool.release_device_memory(random.randrange(3) * RECORD),
+            lambda: pool.erase(tenant=random.choice("ab")) if random.random() < 0.2 else None,
+            fall,
+            lambda: keep(pool),
+        ]
+        for _ in range(150):
+            random.choice(actions)()
+            assert pool._engine.index.ledger.account("n").bytes[GPU] <= 5 * RECORD
+        for lease, *_ in leases:
+            lease.close()
+        pool._chores.bury()
+        gpu.forget_lost()
+        check_gpu(pool)
 
 
 def test_the_device_of_this_machine_is_used_through_torch(tmp_path: Path) -> None:

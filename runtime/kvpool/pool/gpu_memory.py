@@ -5,6 +5,7 @@ As `Memory` for RAM: a slot that was allocated here is charged to its model's ac
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 
 from kvpool.pool.copies import Copies
@@ -24,8 +25,9 @@ class GpuMemory:
     name = TierName.GPU
 
     def __init__(self, store: GpuStore, index: PrefixIndex, copies: Copies, demoter: Demoter) -> None:
-        self.leaving: list[int] = []
+        self._leaving: list[int] = []
         """Places that have to go since memory was given back, and are leased."""
+        self._leaving_lock = threading.Lock()
         self._store = store
         self._index = index
         self._copies = copies
@@ -58,13 +60,15 @@ class GpuMemory:
             places = self._store.give_back(nbytes)
         except GpuOutError:
             return before
-        self.leaving = self._demoter.vacate([*self.leaving, *places])
+        with self._leaving_lock:
+            self._leaving = self._demoter.vacate([*self._leaving, *places])
         return max(0, before - self._store.reserved_bytes())
 
     def vacate_leaving(self) -> None:
         """Take another look at what was leased when memory was given back."""
-        if self.leaving:
-            self.leaving = self._demoter.vacate(self.leaving)
+        if self._leaving:
+            with self._leaving_lock:
+                self._leaving = self._demoter.vacate(self._leaving)
 
     def _allocate(
         self, account: Account, owner: Hashable, record_bytes: int, count: int, *, older_than: int | None

@@ -63,7 +63,7 @@ class Verdict(StrEnum):
     UNREACHABLE = "unreachable"
     """It has a copy, but a block before it has none: a match stops there."""
     TIER_DOWN = "tier-down"
-    """Its only copy lies in a tier that is out."""
+    """Its only copy lies in a tier that is out, or lay in device memory that was lost."""
     NEVER_STORED = "never-stored"
     EVICTED = "evicted"
     ORPHANED = "orphaned"

@@ -29,7 +29,9 @@ from kvpool.tiers.tier import TierName
 def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: Iterable[Degradation]) -> PoolStats:
     """Return all counters as they are now. Counts of different parts may be of slightly different moments."""
     index, traffic = engine.index, engine.traffic
-    shared = {tier: index.shared_bytes[level] for tier, level in _levels(engine).items()}
+    shared = {TierName.RAM: index.shared_bytes[RAM], TierName.SSD: index.shared_bytes[SSD]}
+    if engine.gpu is not None:
+        shared = {TierName.GPU: index.shared_bytes[GPU], **shared}
     return PoolStats(
         name=name,
         mode=mode(degradations),
@@ -46,6 +48,8 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
         refused_blocks=dict(traffic.refused_blocks),
         short_loads=traffic.short_loads,
         skipped_slower_blocks=traffic.skipped_slower_blocks,
+        demoted_blocks=0 if engine.gpu is None else engine.gpu.demoter.demoted_blocks,
+        promoted_blocks=0 if engine.gpu is None else engine.gpu.promoter.promoted_blocks,
         tiers=_tiers(engine),
         write_behind=_write_behind(engine),
         index=IndexStats(trees=len(index.trees), blocks=index.blocks, bytes=index.bytes, limit_bytes=index.limit_bytes),

@@ -135,6 +135,10 @@ class PoolStats:
     refused_blocks: Mapping[Refusal, int]
     short_loads: int
     skipped_slower_blocks: int
+    demoted_blocks: int
+    """Copied from device memory down to RAM."""
+    promoted_blocks: int
+    """Copied from RAM up to device memory."""
     tiers: Mapping[TierName, TierStats]
     write_behind: WriteBehindStats
     index: IndexStats
