@@ -34,7 +34,6 @@ from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, Unregister
 from kvpool.pool.shared_file import load_shared, save_shared
 from kvpool.pool.snapshot import snapshot
 from kvpool.pool.stats import PoolStats
-from kvpool.prefix.accounts import Quotas
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import LEVEL_NAMES
 from kvpool.prefix.node import GPU, RAM, SSD
@@ -75,6 +74,7 @@ class Pool:
         self._models_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._closed = False
+        self._gpu_guaranteed = 0
         self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
         self._encoder, self._gpu_keeper = Housekeeper("encoder"), Housekeeper("gpu-keeper")
         self._engine: Engine = assemble(
@@ -316,7 +316,7 @@ class Pool:
         engine.ram_encoder.wake = self._encoder.wake
         self._encoder.start([engine.ram_encoder.run])
         if engine.gpu is not None:
-            engine.gpu.capacity_changed = lambda: self._set_quotas(self.config)
+            engine.gpu.capacity_changed = self._note_gpu_capacity
             engine.gpu.store.wake = self._gpu_keeper.wake
             self._gpu_keeper.start(engine.gpu.chores())
 
@@ -431,25 +431,24 @@ class Pool:
                 extent_bytes=extent_bytes_of(config.gpu),
                 path="models[].quotas.gpu.guaranteed",
             )
-        gpu_bytes = self._guaranteeable_gpu_bytes(quotas)
-        self._engine.index.set_quotas(quotas, [gpu_bytes, config.ram.capacity_bytes, ssd_bytes])
+        self._gpu_guaranteed = sum(by_level[GPU].guaranteed for by_level in quotas.values() if GPU in by_level)
+        self._engine.index.set_quotas(quotas, [self._gpu_guaranteed, config.ram.capacity_bytes, ssd_bytes])
+        self._note_gpu_capacity()
 
-    def _guaranteeable_gpu_bytes(self, quotas: Quotas) -> int:
-        """What guarantees in device memory are counted against.
+    def _note_gpu_capacity(self) -> None:
+        """Count guarantees in device memory against what is to be had there.
 
-        Where the device holds less than is guaranteed, that is all of it still: then memory is had first come, first
-        served, and each model up to its guarantee.
+        Where that is less than is guaranteed, they are counted against all of it still: then memory is had first come,
+        first served, by each model up to its guarantee.
         """
-        gpu = self._engine.gpu
-        if gpu is None:
-            return 0
-        usable = gpu.store.usable_bytes
-        guaranteed = sum(by_level[GPU].guaranteed for by_level in quotas.values() if GPU in by_level)
+        engine, guaranteed = self._engine, self._gpu_guaranteed
+        usable = 0 if engine.gpu is None else engine.gpu.store.usable_bytes
+        with engine.index.lock:
+            engine.index.ledger.capacities[GPU] = max(usable, guaranteed)
         if 0 < usable < guaranteed:
             _log.warning(
                 "gpu tier: %d bytes are guaranteed, and the device has %d: first come, first served", guaranteed, usable
             )
-        return max(usable, guaranteed)
 
     def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
         if prefill_tokens_per_second is None:
