@@ -33,7 +33,7 @@ from kvpool.tiers.gpu.cpu import CpuDevice
 from kvpool.tiers.gpu.device import Device
 from kvpool.tiers.gpu.tier import GpuTier
 from kvpool.tiers.tier import TierName, TierUnavailableError
-from tests.tiers.gpu.devices import FullDevice, IllDevice, LateDevice
+from tests.tiers.gpu.devices import REAL_DEVICES, FullDevice, IllDevice, LateDevice
 
 from .kv import (
     DEADLINE_S,
@@ -57,6 +57,15 @@ from .kv import store as store_from_host
 from .test_pool_threads import Crowd
 
 CPU = TorchDevice("cpu")
+make_device: Callable[[], Device] = CpuDevice
+"""What tests use that ask for nothing else; see `device_of_this_machine`."""
+
+
+@pytest.fixture(autouse=True, params=REAL_DEVICES)
+def device_of_this_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on memory of the CPU, and again on a GPU where there is one."""
+    request.param()
+    monkeypatch.setattr(sys.modules[__name__], "make_device", request.param)
 
 
 class DevicePrompt(Prompt):
@@ -121,7 +130,7 @@ def gpu_config(
 @contextmanager
 def opened(path: Path, *, device: Any = None, at_rest: bool = True, **options: Any) -> Iterator[Pool]:
     """A pool with a gpu tier; its keeper sleeps unless asked to run (`at_rest`), so that a test decides what moves."""
-    pool = Pool.open(gpu_config(**options), directory=path, gpu=device or Devices(CpuDevice))
+    pool = Pool.open(gpu_config(**options), directory=path, gpu=device or Devices(make_device))
     touching = pool._engine.ram._prefault_thread
     if touching is not None:
         touching.join()
@@ -356,7 +365,7 @@ def test_a_machine_without_the_device_opens_without_the_tier_and_finds_it_later(
                 raise TierUnavailableError(TierName.GPU, "torch finds no CUDA device")
             return super().open_tier(config)
 
-    device = Absent(CpuDevice)
+    device = Absent(make_device)
     with opened(tmp_path, device=device, at_rest=False) as pool:
         model = pool.register(spec())
         source = store(model, prompt(3))
@@ -383,7 +392,7 @@ def test_a_configuration_with_a_gpu_runs_on_a_machine_without_one(tmp_path: Path
 def test_a_device_that_fails_in_the_middle_of_a_store_is_no_error_and_what_lay_there_is_forgotten(
     tmp_path: Path,
 ) -> None:
-    ill, well = IllDevice(), CpuDevice()
+    ill, well = IllDevice(), make_device()
     devices: list[Device] = [well, ill]
     with opened(tmp_path, device=Devices(devices.pop)) as pool:
         model = pool.register(spec())
@@ -407,7 +416,7 @@ def test_a_device_that_fails_in_the_middle_of_a_store_is_no_error_and_what_lay_t
 
 
 def test_places_of_a_tier_that_fell_out_mean_nothing_to_the_next_one(tmp_path: Path) -> None:
-    with opened(tmp_path, device=Devices(CpuDevice)) as pool:
+    with opened(tmp_path, device=Devices(make_device)) as pool:
         model, gpu = pool.register(spec()), gpu_of(pool)
         store(model, prompt(4))
         with model.match(prompt(4)) as lease:
@@ -558,7 +567,7 @@ def test_guarantees_above_the_capacity_and_quotas_without_a_tier_are_refused(tmp
 
 
 def test_models_of_other_sizes_share_the_device(tmp_path: Path) -> None:
-    with opened(tmp_path, gpu=24 * RECORD, device=Devices(CpuDevice, extent_bytes=6 * RECORD)) as pool:
+    with opened(tmp_path, gpu=24 * RECORD, device=Devices(make_device, extent_bytes=6 * RECORD)) as pool:
         narrow, wide = pool.register(spec()), pool.register(spec("wide", layout=WIDE))
         store(narrow, prompt(24))
         assert len(store(wide, prompt(6, seed=1)).read_on_device) == 6
@@ -617,7 +626,7 @@ def test_a_block_that_was_decoded_for_the_device_is_never_encoded_again(tmp_path
     )
     plain["ram"]["codec"] = Codec.INT8_SYMMETRIC
     plain["compression"] |= {"onEviction": False, "outlierPercentile": 100.0}
-    with Pool.open(RuntimeConfig.model_validate(plain), directory=tmp_path, gpu=Devices(CpuDevice)) as pool:
+    with Pool.open(RuntimeConfig.model_validate(plain), directory=tmp_path, gpu=Devices(make_device)) as pool:
         pool._gpu_keeper.close(time.monotonic() + DEADLINE_S)
         model = pool.register(spec(layout=large))
         source = Floats(model)
@@ -658,7 +667,7 @@ class Floats:
         self.arrived.append(bytes(payload))
 
     def write_block_from_device(self, index: int, payload: Any) -> None:
-        self.arrived.append(payload.numpy().tobytes())
+        self.arrived.append(payload.cpu().numpy().tobytes())
 
 
 def arrived(model: Model) -> list[bytes]:
@@ -820,9 +829,8 @@ def test_the_device_of_this_machine_is_used_through_torch(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_the_gpu_of_this_machine_is_used(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_the_gpu_of_this_machine_is_used_with_pinned_ram(tmp_path: Path) -> None:
     with Pool.open(gpu_config(ssd=4 * MIB), directory=tmp_path) as pool:
         model = pool.register(spec())
         store(model, prompt(12))
