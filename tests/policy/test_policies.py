@@ -8,6 +8,7 @@ from hypothesis import given
 
 from kvpool.policy import POLICIES, Demand, HitDensityPolicy
 from kvpool.policy import demand as demand_module
+from kvpool.policy import remembered as remembered_module
 from kvpool.policy.demand import KEY_BYTES, best_density
 from kvpool.prefix.candidates import EvictionPolicy
 
@@ -66,18 +67,19 @@ def key(number: int) -> bytes:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demand_module, "MOST_REMEMBERED", 2_000)
+    monkeypatch.setattr(remembered_module, "MOST_REMEMBERED", 2_000)
+    monkeypatch.setattr(remembered_module, "LEAST_REMEMBERED", 3_000)
     demand = Demand()
     for first in range(0, 50_000, 10):
-        demand.lost(map(key, range(first, first + 10)), bytes([FRESH]) * 10, [1] * 10, 1 << 40)
-        assert demand.remembered <= 4_000
+        demand.lost(list(map(key, range(first, first + 10))), FRESH, 1)
+        assert demand.remembered <= 4_020
     assert demand.remembered >= 2_000
 
 
 def test_an_evicted_block_that_returns_has_its_uses_again() -> None:
     demand = Demand()
     first = demand.entered(key(1) + key(2), 0, 1)
-    demand.lost([key(1)], first[:1], [1], 1)
+    demand.lost([key(1)], first[0], 1)
     again = demand.entered(key(1) + key(2), 0, 9)
     assert again[0] == first[:1].translate(Demand.step)[0]
     assert again[1] == first[1]
@@ -91,12 +93,12 @@ def test_a_block_is_the_last_of_its_prompt_until_another_follows() -> None:
     assert demand.extended(traits) == traits[:1] * 2
 
 
-@given(hazards=st.lists(st.floats(0, 0.95), min_size=64, max_size=64))
+@given(hazards=st.lists(st.floats(0, 0.95), min_size=demand_module.BINS, max_size=demand_module.BINS))
 def test_the_best_density_is_that_of_the_best_time_to_stop(hazards: list[float]) -> None:
     lengths = demand_module._LENGTH
     for first, density in enumerate(best_density(hazards)):
         hits, time, surviving, best = 0.0, 0.0, 1.0, 0.0
-        for at in range(first, 64):
+        for at in range(first, demand_module.BINS):
             hits += surviving * hazards[at]
             time += surviving * (lengths[at] or 1.0) * (1 - hazards[at] / 2)
             surviving *= 1 - hazards[at]

@@ -1,38 +1,49 @@
 """Which blocks are asked for again, and when: learned from one model's requests.
 
 A block's *trait* is a byte: how often it was asked for (1 to 5 and more; once, as a prompt's last, is of its own kind,
-since that is often where prompts part) and how deep it lies in its prompt (in powers of four). For each trait it is
+since that is often where prompts part) and how deep it lies in its prompt (in powers of eight). For each trait it is
 counted after how long blocks with it were asked for again. What was evicted is remembered for a while, so that its
 return counts too, and finds its trait again: else the policy would learn only from what it had kept. Both fade, and
 both are bounded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from math import isqrt
+
+from kvpool.policy.lru_window import LruWindow
+from kvpool.policy.remembered import Remembered
 
 KEY_BYTES = 16
 MOST_USES = 5
-DEPTHS = 6
-"""Depths 0 to 2, 3 to 14, 15 to 62, 63 to 254, 255 to 1022, and beyond."""
-BINS = 64
+DEPTHS = 3
+"""Depths 0 to 6, 7 to 62, and beyond."""
+BINS = 40
 """Two to an octave of age: see `bin_of`."""
-PRIOR_REQUESTS = 10
+PRIOR_REQUESTS = 5
 """What is known of a trait counts as much as what is known of all together once so many requests' blocks had it."""
-DOUBTFUL_REQUESTS = 200
+DOUBTFUL_REQUESTS = 20
 """After so many requests half of the confidence is there."""
 MOST_HAZARD = 0.95
 REFRESH_USES = 64
-"""At least so many uses lie between two looks at what was counted, and a twentieth of all that are counted."""
+"""At least so many uses lie between two looks at what was counted, and an eighth of all that are counted."""
+REFRESH_AT_LEAST_USES = 4_096
+"""No more than so many."""
 HALF_LIFE_USES = 1 << 16
 """After so many uses all counts are halved."""
-LEAST_REMEMBERED = 1_024
-MOST_REMEMBERED = 1 << 16
-REMEMBERED_PER_HELD = 4
+CLEARLY_LESS = 0.6
+"""What is worth that much less than LRU's choice goes in its place: with all the confidence that there can be."""
+PROVEN_GAIN = 0.003
+"""Share of the blocks asked for that was hit beyond LRU: from there on, what is worth less is worth less."""
+MOST_REGRET = 0.0005
+"""Share of the blocks asked for that LRU would have hit in addition: beyond, its order is kept to."""
+FREE_REGRET = 32
+"""In blocks, beside that share."""
 _PENDING = 64
 _WIDTH = 8
 """Values of a byte for each depth; of which 1 to `_LAST` are in use."""
 _LAST = MOST_USES + 1
 """Asked for once, as the last of its prompt."""
-_SHIFT = 8
 
 
 def bin_of(age: int) -> int:
@@ -47,12 +58,14 @@ def _starts() -> Iterator[float]:
 
 
 _START = tuple(_starts())
+BIN_END = tuple(isqrt((1 << at) - 1) + 1 for at in range(128))
+"""The first age after each bin, as many as there are before `bin_of` puts the oldest together."""
 _LENGTH = tuple(_START[at + 1] - _START[at] for at in range(BINS))
 
 
 def _fresh_traits() -> bytes:
-    depths = (4**depth - 1 for depth in range(1, DEPTHS))  # where the next of the depths begins
-    ends = [*depths, 2 * 4**DEPTHS]
+    depths = (8**depth - 1 for depth in range(1, DEPTHS))  # where the next of the depths begins
+    ends = [*depths, 8**DEPTHS]
     traits, first = [], 0
     for depth, end in enumerate(ends):
         traits.append(bytes([depth * _WIDTH + 1]) * (end - first))
@@ -81,6 +94,10 @@ class Demand:
 
     def __init__(self) -> None:
         self.now = 0
+        self.clearly_less = 0.0
+        """What is worth less than this share of what LRU's choice is worth goes in its place."""
+        self.worth_version = 0
+        """Advances when `worth` was brought up to date."""
         self._since = 0
         self._pending: list[tuple[bytes, int]] = []
         self._returns = {trait: [0.0] * BINS for trait in _TRAITS}
@@ -88,37 +105,50 @@ class Demand:
         self._begun = dict.fromkeys(_TRAITS, 0.0)
         """Blocks that have got this trait."""
         self._requests = 1.0
-        self._young: dict[bytes, int] = {}
-        """Evicted blocks: the clock when they were used last, and their trait, in one number."""
-        self._old: dict[bytes, int] = {}
-        self._worth = {trait: [1 / (1 + _START[at]) for at in range(BINS)] for trait in _TRAITS}
+        self._blocks_asked = 0.0
+        self._gain = 0.0
+        """Blocks that were hit and would not have been under LRU, less those that only LRU would have hit."""
+        self._lru = LruWindow()
+        self._remembered = Remembered()
+        self.worths = {trait: _to_any_age([1 / (1 + _START[at]) for at in range(BINS)]) for trait in _TRAITS}
         """Before anything is known the least recently used is worth least."""
+        self._next_worth: dict[int, list[float]] = {}
         self._refreshed = 0
-        self._stale: list[int] = []
+        self._to_learn: list[int] = []
         self._overall: list[float] = [0.0] * BINS
 
     @property
     def remembered(self) -> int:
         """How many evicted blocks are remembered; never more than `2 * MOST_REMEMBERED`."""
-        return len(self._young) + len(self._old)
+        return len(self._remembered)
 
     @property
-    def confidence(self) -> float:
-        """From 0, nothing was seen yet, to 1."""
-        return self._requests / (self._requests + DOUBTFUL_REQUESTS)
+    def gain(self) -> float:
+        """Share of the blocks asked for that was hit beyond what an LRU of the same size would have hit."""
+        return self._gain / self._blocks_asked if self._blocks_asked else 0.0
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def used(self, traits: bytes, last_use: int) -> None:
         """Blocks with these traits, used at `last_use` before, are asked for now."""
+        blocks = len(traits)
         if last_use:
             self._pending.append((traits, self.now - last_use))
+            if not self._lru.would_hold(last_use):
+                self._gain += blocks
+        self._blocks_asked += blocks
+        self._lru.use(blocks, last_use, self.now)
 
     def asked(self) -> None:
         """A request's known blocks have been told."""
         self._requests += 1
         if len(self._pending) > _PENDING:
             self._digest()
+        if self._gain < -FREE_REGRET - MOST_REGRET * self._blocks_asked:
+            self.clearly_less = 0.0
+        else:
+            most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
+            self.clearly_less = most * self._requests / (self._requests + DOUBTFUL_REQUESTS)
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
@@ -127,12 +157,16 @@ class Demand:
         traits = _FRESH[depth : depth + blocks]
         if len(traits) < blocks:
             traits += _DEEPEST * (blocks - len(traits))
-        if self._young or self._old:
-            traits = bytes(self._returned(keys, traits))
+        returned = self._returned(keys) if len(self._remembered) else b""
+        traits = returned + traits[len(returned) :]
         if traits[-1] % _WIDTH == 1:
             traits = traits[:-1] + bytes([traits[-1] - 1 + _LAST])
         for trait in set(traits):
             self._begun[trait] += traits.count(trait)
+        self._lru.use(blocks - len(returned), 0, now + 1)  # dated when the lease is lengthened over them
+        self._lru.held += blocks
+        self._lru.settle()
+        self._blocks_asked += blocks
         return traits
 
     def extended(self, traits: bytes) -> bytes:
@@ -145,25 +179,32 @@ class Demand:
         self._begun[fresh] += 1
         return traits[:-1] + bytes([fresh])
 
-    def lost(self, keys: Iterable[bytes], traits: bytes, last_uses: Iterable[int], held: int) -> None:
-        """Blocks leave for good, and `held` of the model are left."""
-        most = min(max(REMEMBERED_PER_HELD * held // 2, LEAST_REMEMBERED), MOST_REMEMBERED)
-        for key, trait, last_use in zip(keys, traits, last_uses, strict=True):
-            if len(self._young) >= most:
-                self._old, self._young = self._young, {}
-            self._young[key] = last_use << _SHIFT | trait
+    def lost(self, keys: Sequence[bytes], trait: int, last_use: int) -> None:
+        """Blocks of one trait, used at one time, leave for good."""
+        self._lru.held -= len(keys)
+        self._remembered.add(keys, trait, last_use, self._lru.held)
 
-    def _returned(self, keys: bytes, traits: bytes) -> Iterator[int]:
-        """The traits, with those of remembered blocks one use on."""
-        young, old, step = self._young, self._old, self.step
-        for at, trait in zip(range(0, len(keys), KEY_BYTES), traits, strict=True):
-            key = keys[at : at + KEY_BYTES]
-            known = young.pop(key, 0) or old.pop(key, 0)
-            if known:
-                before, last_use = known & 0xFF, known >> _SHIFT
-                self._returns[before][bin_of(self.now - last_use)] += 1
-                trait = step[before]
-            yield trait
+    def erased(self, blocks: int, last_use: int) -> None:
+        """Blocks used at one time leave because they must, and are not remembered."""
+        self._lru.held -= blocks
+        self._lru.forget(blocks, last_use)
+
+    def _returned(self, keys: bytes) -> bytes:
+        """The traits, one use on, of as many of the first blocks as are remembered.
+
+        A block is forgotten no later than those above it, so that none after the first unknown one is remembered.
+        """
+        traits = bytearray()
+        for at in range(0, len(keys), KEY_BYTES):
+            known = self._remembered.pop(keys[at : at + KEY_BYTES])
+            if known is None:
+                break
+            trait, last_use = known
+            self._returns[trait][bin_of(self.now - last_use)] += 1
+            self._gain -= self._lru.would_hold(last_use)
+            self._lru.use(1, last_use, self.now + 1)
+            traits.append(self.step[trait])
+        return bytes(traits)
 
     def _digest(self) -> None:
         step = self.step
@@ -179,23 +220,29 @@ class Demand:
 
     def worth(self, trait: int, last_use: int) -> float:
         """Hits that a block promises for each unit of time for which it is kept, if that is ended when it is best."""
-        return self._worth[trait][bin_of(self.now - last_use)]
+        age = self.now - last_use
+        return self.worths[trait][(age * age).bit_length()]
 
     def refresh(self) -> None:
         """Bring `worth` up to date, a trait a call: some 50 us, so that nobody waits long."""
-        if self._stale:
-            self._learn(self._stale.pop())
-        elif self.now - self._refreshed >= max(REFRESH_USES, (self.now - self._since) // 20):
+        if self._to_learn:
+            self._learn(self._to_learn.pop())
+            if not self._to_learn:
+                self.worths, self._next_worth = self._next_worth, {}
+                self.worth_version += 1
+        elif self.now - self._refreshed >= min(max(REFRESH_USES, (self.now - self._since) // 8), REFRESH_AT_LEAST_USES):
             self._digest()
             if self.now - self._since > HALF_LIFE_USES:
                 self._fade()
             self._refreshed = self.now
             self._overall = self._hazards(_summed(self._returns.values()), sum(self._begun.values()), None)
-            self._stale = list(_TRAITS)
+            self._to_learn = list(_TRAITS)
 
     def _fade(self) -> None:
         self._since += (self.now - self._since) // 2
         self._requests /= 2
+        self._blocks_asked /= 2
+        self._gain /= 2
         for trait in _TRAITS:
             self._begun[trait] /= 2
             self._returns[trait] = [blocks / 2 for blocks in self._returns[trait]]
@@ -205,7 +252,8 @@ class Demand:
         alike = [depth * _WIDTH + uses for depth in range(DEPTHS)]
         begun = sum(self._begun[other] for other in alike)
         prior = self._hazards(_summed(self._returns[other] for other in alike), begun, self._overall)
-        self._worth[trait] = best_density(self._hazards(self._returns[trait], self._begun[trait], prior))
+        densities = best_density(self._hazards(self._returns[trait], self._begun[trait], prior))
+        self._next_worth[trait] = _to_any_age(densities)
 
     def _hazards(self, returns: Sequence[float], begun: float, prior: Sequence[float] | None) -> list[float]:
         """For each bin: the share of the blocks that come to this age which are asked for within the bin.
@@ -242,6 +290,11 @@ def best_density(hazards: Sequence[float]) -> list[float]:
         stretches.append((hits, time, surviving))
         densities[at] = hits / time
     return densities
+
+
+def _to_any_age(densities: Sequence[float]) -> list[float]:
+    """By the length in bits of an age's square."""
+    return [*densities, *repeat(densities[-1], len(BIN_END) - len(densities))]
 
 
 def _summed(rows: Iterable[Sequence[float]]) -> list[float]:

@@ -1,117 +1,176 @@
 """Evicts the block that promises the fewest hits for the time for which it would be kept."""
 
-from kvpool.policy.demand import Demand
+from collections import deque
+
+from kvpool.policy.demand import BIN_END, Demand
 from kvpool.policy.lru import LruPolicy
 from kvpool.prefix.candidates import Candidate
 
+_NEVER = 1 << 62
+_INFINITE = float("inf")
 
-class _Ages:
+
+class _Queue:
     """The candidates of one trait, with both ends at hand."""
 
-    __slots__ = ("oldest", "youngest")
+    __slots__ = ("oldest", "trait", "youngest")
 
-    def __init__(self) -> None:
+    def __init__(self, trait: int) -> None:
+        self.trait = trait
         self.oldest = LruPolicy()
-        self.youngest = LruPolicy()
-        """By negative age."""
+        self.youngest: deque[tuple[int, Candidate]] = deque(maxlen=64)
+        """Each offered later and not older than the one before it, and maybe void by now. A few will do: where none is
+        left, the youngest is not known for a while."""
 
     def offer(self, candidate: Candidate, last_use: int) -> None:
         self.oldest.offer(candidate, last_use)
-        self.youngest.offer(candidate, -last_use)
+        youngest = self.youngest
+        if not youngest or last_use >= youngest[-1][0]:
+            youngest.append((last_use, candidate))
 
-    def withdraw(self, candidate: Candidate) -> None:
+    def newest_age(self) -> int | None:
+        youngest = self.youngest
+        while youngest:
+            last_use, candidate = youngest[-1]
+            if self.oldest.offered_at(candidate) == last_use:
+                return last_use
+            youngest.pop()
+        return None
+
+    def take_youngest(self) -> tuple[Candidate, int]:
+        last_use, candidate = self.youngest.pop()
         self.oldest.withdraw(candidate)
-        self.youngest.withdraw(candidate)
-
-    def take(self, *, youngest: bool) -> tuple[Candidate, int]:
-        taken = self.youngest.take() if youngest else self.oldest.take()
-        assert taken is not None
-        candidate, age = taken
-        if youngest:
-            self.oldest.withdraw(candidate)
-            return candidate, -age
-        self.youngest.withdraw(candidate)
-        return candidate, age
+        return candidate, last_use
 
 
 class HitDensityPolicy:
     """Of the oldest and the youngest candidate of each trait, the one with least worth; see `Demand`.
 
     The youngest is looked at because people come back after a while: what is just past is then worth less than what is
-    about to be asked for. The one used longest ago goes all the same unless the other is worth clearly less: where
-    nothing can be learned, this is LRU.
-    """
+    about to be asked for. The one used longest ago goes all the same unless the other is worth clearly less, and while
+    LRU would do better: where nothing can be learned, this is LRU.
 
-    CLEARLY_LESS = 0.6
-    """With all the confidence that there can be; less of it asks for a larger difference."""
+    What each end of each trait's candidates is worth is kept until the end is another, or has come to an age that is
+    worth something else.
+    """
 
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
-        self._traits: dict[Candidate, int] = {}
-        self._ages: dict[int, _Ages] = {}
-        """Of traits that have candidates."""
+        self._queue_of: dict[Candidate, int] = {}
+        self._queues: list[_Queue] = []
+        self._of_trait: dict[int, int] = {}
+        self._ages: list[int] = []
+        """Of the oldest of each queue."""
+        self._worths: list[float] = []
+        """Of the oldest and the youngest of each queue."""
+        self._good_until: list[int] = []
+        """Up to which time each queue's worths hold."""
+        self._worth_version = 0
 
     def __len__(self) -> int:
-        return len(self._traits)
+        return len(self._queue_of)
 
     def offer(self, candidate: Candidate, last_use: int, trait: int) -> None:
         """Add a candidate, or give it another age and trait."""
-        if self._traits.get(candidate, trait) != trait:
-            self.withdraw(candidate)
-        self._traits[candidate] = trait
-        ages = self._ages.get(trait)
-        if ages is None:
-            ages = self._ages[trait] = _Ages()
-        ages.offer(candidate, last_use)
+        at = self._of_trait.get(trait)
+        if at is None:
+            at = self._opened(trait)
+        before = self._queue_of.get(candidate, at)
+        if before != at:
+            self._queues[before].oldest.withdraw(candidate)
+            self._good_until[before] = 0
+        self._queue_of[candidate] = at
+        self._queues[at].offer(candidate, last_use)
+        self._good_until[at] = 0
 
     def withdraw(self, candidate: Candidate) -> None:
         """Forget a candidate; nothing happens when it is not on offer."""
-        trait = self._traits.pop(candidate, None)
-        if trait is not None:
-            self._ages[trait].withdraw(candidate)
-            self._tidy(trait)
+        at = self._queue_of.pop(candidate, None)
+        if at is not None:
+            self._queues[at].oldest.withdraw(candidate)
+            self._good_until[at] = 0
 
     def take(self) -> tuple[Candidate, int] | None:
         """Return the candidate with least worth, and the age at which it was offered."""
-        if not self._traits:
+        if not self._queue_of:
             return None
-        self._demand.refresh()
-        trait, youngest = self._choice()
-        candidate, age = self._ages[trait].take(youngest=youngest)
-        del self._traits[candidate]
-        self._tidy(trait)
-        return candidate, age
+        at, youngest = self._choice()
+        queue = self._queues[at]
+        taken = queue.take_youngest() if youngest else queue.oldest.take()
+        assert taken is not None
+        self._good_until[at] = 0
+        del self._queue_of[taken[0]]
+        return taken
+
+    def goes_too(self, last_use: int, trait: int) -> bool:
+        """Whether a candidate like this would be taken next."""
+        self._look()
+        oldest, least = min(self._ages), min(self._worths)
+        worth = self._demand.worth(trait, last_use)
+        if last_use <= oldest:
+            return worth <= least or least >= self._demand.clearly_less * worth
+        return worth <= least and worth < self._demand.clearly_less * self._worths[2 * self._ages.index(oldest)]
 
     def next_age(self) -> int | None:
         """The age of the oldest candidate, whether or not that goes next: so models are compared by what they keep."""
-        ages = [age for queue in self._ages.values() if (age := queue.oldest.next_age()) is not None]
+        ages = [age for queue in self._queues if (age := queue.oldest.next_age()) is not None]
         return min(ages, default=None)
 
     def offered_at(self, candidate: Candidate) -> int | None:
         """The age at which the candidate is on offer; None when it is not."""
-        trait = self._traits.get(candidate)
-        return None if trait is None else self._ages[trait].oldest.offered_at(candidate)
+        at = self._queue_of.get(candidate)
+        return None if at is None else self._queues[at].oldest.offered_at(candidate)
+
+    def _opened(self, trait: int) -> int:
+        at = self._of_trait[trait] = len(self._queues)
+        self._queues.append(_Queue(trait))
+        self._ages.append(_NEVER)
+        self._worths += [_INFINITE, _INFINITE]
+        self._good_until.append(0)
+        return at
 
     def _choice(self) -> tuple[int, bool]:
-        """The trait to take from, and whether its youngest."""
-        worth = self._demand.worth
-        lru_age, lru_trait = None, 0
-        least, choice = 0.0, None
-        for trait, queue in self._ages.items():
-            age, newest = queue.oldest.next_age(), queue.youngest.next_age()
-            assert age is not None
-            assert newest is not None
-            if lru_age is None or age < lru_age:
-                lru_age, lru_trait = age, trait
-            old, young = worth(trait, age), worth(trait, -newest)
-            if choice is None or min(old, young) < least:
-                least, choice = min(old, young), (trait, young < old)
-        assert lru_age is not None
-        assert choice is not None
-        if least < self.CLEARLY_LESS * self._demand.confidence * worth(lru_trait, lru_age):
-            return choice
-        return lru_trait, False
+        """The queue to take from, and whether its youngest."""
+        self._demand.refresh()
+        self._look()
+        oldest = self._ages.index(min(self._ages))
+        least = min(self._worths)
+        if least < self._demand.clearly_less * self._worths[2 * oldest]:
+            best = self._worths.index(least)
+            return best // 2, best % 2 == 1
+        return oldest, False
 
-    def _tidy(self, trait: int) -> None:
-        if not len(self._ages[trait].oldest):
-            del self._ages[trait]
+    def _look(self) -> None:
+        """Bring up to date what is kept of all queues."""
+        demand = self._demand
+        if self._worth_version != demand.worth_version:
+            self._worth_version = demand.worth_version
+            self._good_until = [0] * len(self._queues)
+        now = demand.now
+        for at, until in enumerate(self._good_until):
+            if until <= now:
+                self._look_at(at, now)
+
+    def _look_at(self, at: int, now: int) -> None:
+        """Bring up to date what is kept of a queue."""
+        queue, worth_at = self._queues[at], at + at
+        old = queue.oldest.next_age()
+        if old is None:
+            self._ages[at] = self._good_until[at] = _NEVER
+            self._worths[worth_at] = self._worths[worth_at + 1] = _INFINITE
+            return
+        table = self._demand.worths[queue.trait]
+        age = now - old
+        in_bin = (age * age).bit_length()
+        self._ages[at] = old
+        self._worths[worth_at] = table[in_bin]
+        until = old + BIN_END[in_bin]
+        young = queue.newest_age()
+        if young is None or young == old:
+            self._worths[worth_at + 1] = _INFINITE
+        else:
+            age = now - young
+            in_bin = (age * age).bit_length()
+            self._worths[worth_at + 1] = table[in_bin]
+            until = min(until, young + BIN_END[in_bin])
+        self._good_until[at] = until

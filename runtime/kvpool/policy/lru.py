@@ -49,6 +49,11 @@ class LruPolicy:
                 return entry[2], entry[0]
         return None
 
+    def goes_too(self, last_use: int, trait: int) -> bool:
+        """Whether a candidate like this would be taken next."""
+        oldest = self.next_age()
+        return oldest is None or last_use <= oldest
+
     def next_age(self) -> int | None:
         """The age of the candidate that `take` would return."""
         while heap := self._first_heap():

@@ -277,6 +277,9 @@ def _oldest(models: Sequence[Candidates], *, spare_protected: bool) -> Node | No
         if node is None:
             continue
         age = node.used_at(len(node.places[chosen.level] or ()) - 1)
+        kept = chosen.next_age(spare_protected=spare_protected)
+        if kept is not None:
+            age = min(age, kept)  # a policy that goes by more than age may have chosen a younger one
         if all(age <= other for other, at in ages if models[at] is not chosen):
             return node
         chosen.offer(node)

@@ -35,6 +35,10 @@ class EvictionPolicy(Protocol):
         """Return the one to go next and its `last_use` as offered, no longer on offer; None when there is none."""
         ...
 
+    def goes_too(self, last_use: int, trait: int) -> bool:
+        """Whether one like this would be taken next, were it on offer."""
+        ...
+
     def next_age(self) -> int | None:
         """The `last_use`, about, of the one that `take` would return, to choose among several policies; or None."""
         ...
@@ -126,6 +130,19 @@ class Candidates:
                 else:
                     node.offered &= ~self._bit
                     return node
+
+    def run_from(self, node: Node, last: int) -> int:
+        """The first index from which on to `last` blocks may go together: of one age, and as the policy would choose.
+
+        `node` was just taken, and `last` is its last block at this level.
+        """
+        first = node.same_trait_from(last)
+        if first:
+            least, age = node.same_age_from(last), node.used_at(last)
+            while first > least and self.ordinary.goes_too(age, node.trait(first - 1)):
+                first = node.same_trait_from(first - 1)
+            first = max(first, least)
+        return first
 
     def _may_go(self, node: Node) -> bool:
         """Whether the node just taken is a candidate still; takes it off offer, or parks it, when it is none."""

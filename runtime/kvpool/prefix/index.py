@@ -903,9 +903,8 @@ class PrefixIndex:
     @staticmethod
     def _first_of_tail(node: Node, last: int, level: int, most: int) -> int:
         """Where the run of blocks begins that may leave `level` together with `last`: `last` is the tail there."""
-        first = max(
-            last + 1 - most, node.same_age_from(last), node.same_trait_from(last), node.leased_to() - node.start
-        )
+        run = node.tree.account.candidates[level].run_from(node, last)
+        first = max(last + 1 - most, run, node.same_age_from(last), node.leased_to() - node.start)
         for faster in range(level):
             first = max(first, len(node.places[faster] or ()) - 1)
         places = node.places[level]
@@ -1103,8 +1102,8 @@ class PrefixIndex:
             self.unsaved_blocks += sum(at < wanted for at in lost)
         lost_keys = [_key_at(node, at) for at in lost]
         account = node.tree.account
-        if account.learner is not None and not node.tree.erased:
-            note_lost(account.learner, node, lost, lost_keys, sum(account.copies))
+        if account.learner is not None:
+            note_lost(account.learner, node, lost, lost_keys)
         reason = node.tree.loss if node.tree.erased else loss
         self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
 

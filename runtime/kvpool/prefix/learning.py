@@ -6,8 +6,7 @@ A learner is optional, and without one nothing here is called. It gives each blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvpool.blocks.identity import KEY_BYTES
@@ -37,8 +36,12 @@ class Learner(Protocol):
         """The last block with these traits is followed by others now: return what they become."""
         ...
 
-    def lost(self, keys: Iterable[bytes], traits: bytes, last_uses: Iterable[int], held: int) -> None:
-        """Blocks have lost their last copy; the model has `held` copies left."""
+    def lost(self, keys: Sequence[bytes], trait: int, last_use: int) -> None:
+        """Blocks of one trait, used last at one time, have lost their last copy."""
+        ...
+
+    def erased(self, blocks: int, last_use: int) -> None:
+        """Blocks used last at one time have lost their last copy, and nothing of them may be remembered."""
         ...
 
 
@@ -68,11 +71,20 @@ def note_return(learner: Learner, node: Node, index: int, until: int, now: int) 
     node.traits = node.traits[:index] + learner.entered(keys, node.start + index, now) + node.traits[until:]
 
 
-def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Iterable[bytes], held: int) -> None:
-    """These blocks of an edge have lost their last copy."""
-    traits = bytes([node.traits[at] for at in lost])
-    uses: Iterable[int] = map(node.used_at, lost) if node.heads else repeat(node.last_use, len(lost))
-    learner.lost(keys, traits, uses, held)
+def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Sequence[bytes]) -> None:
+    """These blocks of an edge, first to last, have lost their last copy: told in runs of one trait and one age."""
+    erased, until = node.tree.erased, len(lost)
+    while until:
+        last = lost[until - 1]
+        from_ = max(node.same_age_from(last), node.same_trait_from(last))
+        first = until - 1
+        while first and lost[first - 1] >= from_:
+            first -= 1
+        if erased:
+            learner.erased(until - first, node.used_at(last))
+        else:
+            learner.lost(keys[first:until], node.traits[last], node.used_at(last))
+        until = first
 
 
 def _tell_use(learner: Learner, node: Node, until: int) -> None:
