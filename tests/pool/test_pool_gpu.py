@@ -50,6 +50,7 @@ from .kv import (
     identity,
     matched,
     prompt,
+    ram_places,
     spec,
 )
 from .kv import load as load_to_host
@@ -413,6 +414,41 @@ def test_a_device_that_fails_in_the_middle_of_a_store_is_no_error_and_what_lay_t
         eventually(lambda: mode_after_a_round(pool) == "normal", "another tier is opened")
         assert len(store(model, prompt(4)).read_on_device) == 4
         assert load(model, prompt(4)) == {TierName.GPU: 4}
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_device_that_hangs_holds_a_call_up_for_its_budget_once_and_no_bytes_arrive_where_somebody_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    monkeypatch.setattr("kvpool.tiers.gpu.tier.CLOSE_S", 0.05)
+    device = LateDevice(1, direct=direct)
+    with opened(tmp_path, device=Devices(lambda: device)) as pool:
+        model, gpu = pool.register(spec()), gpu_of(pool)
+        store(model, prompt(4))
+        store_from_host(model, prompt(2, seed=1))
+        gpu.store._budget_s = 0.05
+        device.hung = True
+        assert gpu.demoter.bring_down(2 * RECORD) == 0
+        assert pool.stats().mode == "no-gpu"
+        assert load_to_host(model, prompt(4)) == 0
+        used = pool._engine.ram.used_bytes
+        gpu.forget_lost()
+        store_from_host(model, prompt(40, seed=2))
+        assert used == 4 * RECORD, "the slots that bytes may still arrive in are not given to anybody"
+        device.hung = False
+        device.run()
+        assert load_to_host(model, prompt(40, seed=2)) == 40
+        assert load_to_host(model, prompt(2, seed=1)) == 2
+        lost = pool._engine.index.ledger.account("m")
+        assert lost.in_flight[RAM] == 2 * RECORD
+        lost.in_flight[RAM] = 0
+        pool._engine.ram.drop(unaccounted(pool))
+
+
+def unaccounted(pool: Pool) -> list[int]:
+    """Slots in RAM that are in use, and no block's."""
+    extents = pool._engine.ram.slab._extents()
+    return sorted({slot for extent in extents for slot in extent.slots_in_use()} - set(ram_places(pool)))
 
 
 def test_places_of_a_tier_that_fell_out_mean_nothing_to_the_next_one(tmp_path: Path) -> None:
