@@ -46,8 +46,9 @@ class Chores:
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""
-        while gone := self._engine.index.bury():
-            self._engine.copies.release(gone)
+        with self._engine.burying:
+            while gone := self._engine.index.bury():
+                self._engine.copies.release(gone)
 
     def reopen_ssd(self) -> None:
         """Open the ssd tier if it could not be opened before."""

@@ -68,6 +68,8 @@ class Encodings:
     def forget(self, fingerprint: Fingerprint) -> None:
         """The model was unregistered."""
         self.use(fingerprint, {})
+        with self._lock:
+            self._overrides.pop(fingerprint)
         if self._calibrations is not None:
             self._calibrations.forget(fingerprint)
 

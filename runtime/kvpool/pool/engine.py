@@ -117,6 +117,8 @@ class Engine:
     is_unregistered: Callable[[Fingerprint], bool]
     wake: Callable[[], None]
     """Has the housekeeper look for work now."""
+    burying: threading.Lock = field(default_factory=threading.Lock)
+    """Held from an erasure until its blocks are counted, so that nobody else gives them back meanwhile."""
     gate: Gate = field(default_factory=Gate)
     traffic: Traffic = field(default_factory=Traffic)
     dropped_at_start: Counter[str] = field(default_factory=Counter)

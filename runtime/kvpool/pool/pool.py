@@ -5,43 +5,36 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from kvpool.api import KVCachePool
-from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint, ModelIdentity
-from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config, with_live_changes
-from kvpool.config.runtime import QuotaConfig
 from kvpool.errors import InputError
 from kvpool.pool.assembly import assemble, live_settings, notices, sharing_rules
+from kvpool.pool.burying import bury, trees_of
 from kvpool.pool.chores import Chores
 from kvpool.pool.directory import PoolDirectory
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import Event
 from kvpool.pool.explain import Explainer
-from kvpool.pool.gpu_store import GpuOpener, TorchDevice, extent_bytes_of
+from kvpool.pool.gpu_store import GpuOpener, TorchDevice
 from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
-from kvpool.pool.quotas import LEVEL_OF, check_guarantees, quotas_of
-from kvpool.pool.registry import Registry, Terms
+from kvpool.pool.registry import Registry
 from kvpool.pool.restoring import distrust, use_tier
 from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, UnregisterReport
+from kvpool.pool.roster import Roster
 from kvpool.pool.shared_file import load_shared, save_shared
 from kvpool.pool.snapshot import snapshot
 from kvpool.pool.stats import PoolStats
-from kvpool.prefix.history import Loss
-from kvpool.prefix.index import LEVEL_NAMES
-from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.prefix.sharing import SharedPrefix, top_shared
-from kvpool.prefix.tree import PrefixTree, TreeId
 from kvpool.resilience import Degradation
 from kvpool.tiers.ssd.disk import Disk
-from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
 """How long closing may write what is in memory down to SSD."""
@@ -70,11 +63,8 @@ class Pool:
         """What the configuration asks for and this version does not do, a sentence each."""
         self._directory = directory
         self._registry = Registry.load(directory.path)
-        self._models: dict[Fingerprint, Model] = {}
-        self._models_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._closed = False
-        self._gpu_guaranteed = 0
         self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
         self._encoder, self._gpu_keeper = Housekeeper("encoder"), Housekeeper("gpu-keeper")
         self._engine: Engine = assemble(
@@ -88,8 +78,9 @@ class Pool:
             gpu=gpu or TorchDevice(),
         )
         self._engine.shared_marks = load_shared(directory.path)
-        self._explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
-        self._chores = Chores(self._engine, self._forget_trees)
+        explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
+        self._roster = Roster(self._registry, self._engine, explainer, config, self.directory)
+        self._chores = Chores(self._engine, self._roster.forget_trees)
 
     @classmethod
     def open(
@@ -139,22 +130,8 @@ class Pool:
         of the size that the pool is configured for, or too large for RAM, or where it is given quotas for a tier that
         has none, and `ConfigError` where guarantees do not fit.
         """
-        identity = spec.identity
         self._engine.gate.check()
-        self._check_layout(identity)
-        terms = self._checked_terms(spec)
-        with self._models_lock:
-            known = self._models.get(identity.fingerprint)
-        if known is not None and terms is None:
-            return known
-        if terms is not None and terms.quotas:
-            self._set_quotas(self.config, {**self._registry.quotas(), identity.name: terms.quotas})
-        self._registry.remember(identity, terms)
-        self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
-        self._engine.wake()
-        with self._models_lock:
-            known = self._models.get(identity.fingerprint)
-            return known or self._add_model(identity, spec.prefill_tokens_per_second)
+        return self._roster.register(spec)
 
     def unregister(self, name: str, *, fingerprint: Fingerprint | None = None) -> UnregisterReport:
         """Forget the model of this name, all its revisions or the one of that `fingerprint`, and give its bytes back.
@@ -162,30 +139,8 @@ class Pool:
         From before this returns, nothing of it can be matched or stored; what is being read goes when its leases end.
         Raises `InputError` that says which names are known.
         """
-        engine = self._engine
-        with engine.gate:
-            leaving = [
-                identity.fingerprint
-                for identity in self._known(name)
-                if fingerprint is None or identity.fingerprint == fingerprint
-            ]
-            if not leaving:
-                raise InputError(f"model {name!r} has no revision with fingerprint {(fingerprint or b'').hex()}")
-            with engine.tenants.lock:
-                with self._models_lock:
-                    models = [self._models.pop(gone) for gone in leaving if gone in self._models]
-                for model in models:
-                    model.unregister()
-                self._registry.forget(leaving)
-                trees = self._trees_of(lambda tree_id: tree_id.fingerprint in leaving)
-                for tree in trees:
-                    engine.index.erase(tree, Loss.UNREGISTERED)
-            self._set_quotas(self.config)
-            for gone in leaving:
-                engine.encodings.forget(gone)
-            blocks, nbytes, leased = self._bury(lambda tree: tree.id.fingerprint in leaving)
-            engine.index.close_account(name)
-        return UnregisterReport(blocks=blocks, bytes=nbytes, leased_blocks=leased)
+        with self._engine.gate:
+            return self._roster.unregister(name, fingerprint)
 
     def model(self, name: str) -> Model:
         """Return the model of this name that was registered last, by this process or an earlier one.
@@ -193,16 +148,11 @@ class Pool:
         Raises `InputError` that says which names are known, and as `register` does.
         """
         self._engine.gate.check()
-        identities = self._known(name)
-        self._check_layout(identities[0])
-        with self._models_lock:
-            known_model = self._models.get(identities[0].fingerprint)
-            return known_model or self._add_model(identities[0], None)
+        return self._roster.model(name)
 
     def models(self) -> list[Model]:
         """The models that this process uses."""
-        with self._models_lock:
-            return list(self._models.values())
+        return self._roster.models()
 
     def known_models(self) -> list[ModelIdentity]:
         """Every model that the directory remembers, the one registered last first."""
@@ -252,16 +202,16 @@ class Pool:
                 "sharing.scope is pool: all tenants' blocks are one, so one tenant's cannot be erased; "
                 "use scope tenant, or a new directory"
             )
-        with self._engine.gate:
+        with self._engine.gate, self._engine.burying:
             digest = tenants.digest(tenant)
             epoch = tenants.epochs.raise_epoch(digest)
             with tenants.lock:
                 for model in self.models():
                     model.forget_tree(tenant)
-                for tree in self._trees_of(lambda tree_id: tree_id.tenant == digest and tree_id.epoch < epoch):
+                for tree in trees_of(self._engine, lambda one: one.tenant == digest and one.epoch < epoch):
                     self._engine.index.erase(tree)
-            blocks, nbytes, leased = self._bury(lambda tree: tree.id.tenant == digest)
-        return EraseReport(epoch=epoch, blocks=blocks, bytes=nbytes, leased_blocks=leased)
+            buried = bury(self._engine, lambda tree: tree.id.tenant == digest)
+        return EraseReport(epoch=epoch, **buried._asdict())
 
     def reload(self, config: RuntimeConfig) -> ReloadReport:
         """Take over what of `config` can change while the pool is open; the report names what cannot."""
@@ -298,11 +248,9 @@ class Pool:
 
     def _start(self) -> None:
         engine = self._engine
-        for identity in self._registry.known():
-            self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
         if engine.gpu is not None:
             engine.gpu.store.open()
-        self._set_quotas(self.config)
+        self._roster.start()
         tier = engine.store.open()
         if tier is not None:
             use_tier(engine, tier)
@@ -316,7 +264,7 @@ class Pool:
         engine.ram_encoder.wake = self._encoder.wake
         self._encoder.start([engine.ram_encoder.run])
         if engine.gpu is not None:
-            engine.gpu.capacity_changed = self._note_gpu_capacity
+            engine.gpu.capacity_changed = self._roster.note_gpu_capacity
             engine.gpu.store.wake = self._gpu_keeper.wake
             self._gpu_keeper.start(engine.gpu.chores())
 
@@ -327,7 +275,7 @@ class Pool:
         with ExitStack() as stack:
             stack.callback(self._note_closed)
             stack.callback(self._directory.close)
-            stack.callback(self._keep_rates)
+            stack.callback(self._roster.keep_rates)
             stack.callback(engine.ram.close)
             if engine.gpu is not None:
                 stack.callback(engine.gpu.store.close)
@@ -363,136 +311,9 @@ class Pool:
     def _note_closed(self) -> None:
         self._closed = True
 
-    def _keep_rates(self) -> None:
-        measured = {model.identity.fingerprint: model.measured_rate for model in self.models()}
-        self._registry.keep_rates({known: rate for known, rate in measured.items() if rate is not None})
-
-    def _forget_trees(self) -> None:
-        for model in self.models():
-            model.forget_trees()
-
-    def _trees_of(self, is_wanted: Callable[[TreeId], bool]) -> list[PrefixTree]:
-        with self._engine.index.lock:
-            return [tree for tree_id, tree in self._engine.index.trees.items() if is_wanted(tree_id)]
-
-    def _known(self, name: str) -> list[ModelIdentity]:
-        """The revisions of a model, the one registered last first; at least one. Raises `InputError`."""
-        identities = self._registry.by_name(name)
-        if not identities:
-            names = sorted({identity.name for identity in self._registry.known()})
-            known = f"known are {', '.join(names)}" if names else "none was ever registered here"
-            raise InputError(f"model {name!r} is not known to the pool in {self.directory}; {known}")
-        return identities
-
-    def _checked_terms(self, spec: ModelSpec) -> Terms | None:
-        """What the model is to be registered with, what the spec leaves open as it was; None: all of it."""
-        for tier in spec.quotas:
-            has_none = {TierName.GPU: self.config.gpu is None, TierName.SSD: self.config.ssd is None}
-            if tier not in LEVEL_OF or has_none.get(tier, False):
-                raise InputError(f"model {spec.identity.name!r} has a quota for {tier}, which this pool does not keep")
-        for tier, codec in spec.codecs.items():
-            if tier not in (TierName.RAM, TierName.SSD):
-                raise InputError(f"model {spec.identity.name!r} has codec {codec} for {tier}; choose it for ram or ssd")
-        if not (spec.quotas or spec.codecs):
-            return None
-        known = self._registry.terms(spec.identity.fingerprint)
-        return Terms(
-            quotas=dict(spec.quotas) or known.quotas,
-            codecs=dict(spec.codecs) or known.codecs,
-            prefill_tokens_per_second=known.prefill_tokens_per_second,
-        )
-
-    def _use_codecs(self, fingerprint: Fingerprint, codecs: Mapping[TierName, Codec]) -> None:
-        self._engine.encodings.use(fingerprint, {LEVEL_OF[tier]: codec for tier, codec in codecs.items()})
-
-    def _set_quotas(
-        self, config: RuntimeConfig, registered: Mapping[str, Mapping[TierName, QuotaConfig]] | None = None
-    ) -> None:
-        """Put quotas into force. Raises `ConfigError` where guarantees do not fit: nothing is changed then."""
-        known = self._registry.quotas() if registered is None else registered
-        quotas = quotas_of(config, known)
-        ssd_bytes = config.ssd.capacity_bytes if config.ssd else 0
-        check_guarantees(
-            quotas,
-            RAM,
-            capacity_bytes=config.ram.capacity_bytes,
-            extent_bytes=self._engine.ram.slab.extent_bytes,
-            path="models[].quotas.ram.guaranteed",
-        )
-        if config.ssd:
-            check_guarantees(
-                quotas, SSD, capacity_bytes=ssd_bytes, extent_bytes=PAGE_BYTES, path="models[].quotas.ssd.guaranteed"
-            )
-        if config.gpu:
-            check_guarantees(
-                quotas,
-                GPU,
-                capacity_bytes=config.gpu.capacity_bytes,
-                extent_bytes=extent_bytes_of(config.gpu),
-                path="models[].quotas.gpu.guaranteed",
-            )
-        self._gpu_guaranteed = sum(by_level[GPU].guaranteed for by_level in quotas.values() if GPU in by_level)
-        self._engine.index.set_quotas(quotas, [self._gpu_guaranteed, config.ram.capacity_bytes, ssd_bytes])
-        self._note_gpu_capacity()
-
-    def _note_gpu_capacity(self) -> None:
-        """Count guarantees in device memory against what is to be had there.
-
-        Where that is less than is guaranteed, they are counted against all of it still: then memory is had first come,
-        first served, by each model up to its guarantee.
-        """
-        engine, guaranteed = self._engine, self._gpu_guaranteed
-        usable = 0 if engine.gpu is None else engine.gpu.store.usable_bytes
-        with engine.index.lock:
-            engine.index.ledger.capacities[GPU] = max(usable, guaranteed)
-        if 0 < usable < guaranteed:
-            _log.warning(
-                "gpu tier: %d bytes are guaranteed, and the device has %d: first come, first served", guaranteed, usable
-            )
-
-    def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
-        if prefill_tokens_per_second is None:
-            named = [model for model in self.config.models if model.name == identity.name]
-            measured = self._registry.terms(identity.fingerprint).prefill_tokens_per_second
-            prefill_tokens_per_second = measured or (named[0].prefill_tokens_per_second if named else None)
-        model = Model(
-            self._engine, identity, self._explainer, prefill_tokens_per_second=prefill_tokens_per_second
-        )  # fmt: skip
-        self._models[identity.fingerprint] = model
-        return model
-
-    def _check_layout(self, identity: ModelIdentity) -> None:
-        layout = identity.layout
-        if layout.block_tokens != self.config.block_tokens:
-            raise InputError(
-                f"model {identity.name!r} has blocks of {layout.block_tokens} tokens; this pool's blockTokens is "
-                f"{self.config.block_tokens}: make the layout with block_tokens={self.config.block_tokens}"
-            )
-        if layout.record_bytes > self._engine.ram.capacity_bytes:
-            raise InputError(
-                f"a block of model {identity.name!r} takes {layout.record_bytes} bytes; tiers.ram.capacity is "
-                f"{self._engine.ram.capacity_bytes}: raise it, or lower blockTokens"
-            )
-
-    def _bury(self, is_wanted: Callable[[PrefixTree], bool]) -> tuple[dict[TierName, int], dict[TierName, int], int]:
-        """Give back what was erased: blocks and bytes per tier, and how many blocks of these trees are leased still."""
-        engine = self._engine
-        blocks = dict.fromkeys((*([TierName.GPU] if engine.gpu else []), TierName.RAM, TierName.SSD), 0)
-        nbytes = dict(blocks)
-        while gone := engine.index.bury():
-            engine.copies.release(gone)
-            for copy in gone:
-                tier = TierName(LEVEL_NAMES[copy.level])
-                blocks[tier] += 1
-                nbytes[tier] += copy.record_bytes
-        with engine.index.lock:
-            trees = [tree for tree in engine.index.buried_trees() if is_wanted(tree)]
-            leased = sum(node.leased_to() - node.start for tree in trees for node in tree.nodes())
-        return blocks, nbytes, leased
-
     def _apply(self, config: RuntimeConfig) -> None:
         engine = self._engine
-        self._set_quotas(config)
+        self._roster.reconfigure(config)
         if config.ssd is not None:
             engine.store.resize(config.ssd)
         engine.settings = live_settings(config)
@@ -501,10 +322,6 @@ class Pool:
         if config.ram.capacity_bytes != engine.ram.capacity_bytes:
             self._chores.leaving = engine.ram.resize(config.ram.capacity_bytes)
             engine.ram.start_prefault()
-        rates = {model.name: model.prefill_tokens_per_second for model in config.models}
-        for model in self.models():
-            if model.name in rates:
-                model.use_rate(rates[model.name])
         self.config = config
         self._memory_keeper.wake()
         self._disk_keeper.wake()
