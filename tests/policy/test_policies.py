@@ -10,6 +10,7 @@ from kvpool.policy import POLICIES, Demand, HitDensityPolicy
 from kvpool.policy import demand as demand_module
 from kvpool.policy import remembered as remembered_module
 from kvpool.policy.demand import KEY_BYTES, best_density
+from kvpool.policy.lru_window import LruWindow
 from kvpool.prefix.candidates import EvictionPolicy
 
 FRESH = Demand().entered(bytes(2 * KEY_BYTES), 0, 0)[0]
@@ -68,8 +69,9 @@ def key(number: int) -> bytes:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered_module, "MOST_REMEMBERED", 2_000)
-    monkeypatch.setattr(remembered_module, "LEAST_REMEMBERED", 3_000)
+    monkeypatch.setattr(remembered_module, "LEAST_REMEMBERED", 500)
     demand = Demand()
+    demand.entered(bytes(KEY_BYTES) * 60_000, 0, 1)
     for first in range(0, 50_000, 10):
         demand.lost(list(map(key, range(first, first + 10))), FRESH, 1)
         assert demand.remembered <= 4_020
@@ -104,3 +106,14 @@ def test_the_best_density_is_that_of_the_best_time_to_stop(hazards: list[float])
             surviving *= 1 - hazards[at]
             best = max(best, hits / time)
         assert density == pytest.approx(best, rel=1e-6, abs=1e-12)
+
+
+@given(uses=st.lists(st.integers(0, 30), min_size=1, max_size=200), held=st.integers(1, 20))
+def test_the_window_holds_what_an_lru_of_the_same_size_holds(uses: list[int], held: int) -> None:
+    window, used_at = LruWindow(), dict[int, int]()
+    for now, block in enumerate(uses, 1):
+        before = used_at.pop(block, 0)
+        kept = before > 0 and sum(use > before for use in used_at.values()) < held
+        assert window.use(1, before, now) == kept
+        window.enter(min(1, held - window.held), 0, now)
+        used_at[block] = now

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from kvpool.policy import HIT_DENSITY, LRU
+from kvpool.policy import HIT_DENSITY, LRU, Demand
 from kvpool.prefix.integrity import check_integrity
 from kvpool.replay.index_replay import IndexReplay, play
 from kvpool.replay.reference import offline_bound_hits
@@ -46,3 +46,14 @@ def test_the_index_stays_sound_under_hit_density_and_the_same_trace_gives_the_sa
     check_integrity(replays[0].index)
     assert hits[0] == hits[1]
     assert sum(hits[0]) <= sum(offline_bound_hits(trace, 500))
+
+
+@pytest.mark.parametrize("capacity", [200, 1_000])
+def test_hit_density_knows_what_lru_would_have_hit(capacity: int) -> None:
+    trace = with_scans(synthetic_trace(REQUESTS, seed=4))
+    replay = IndexReplay(capacity, HIT_DENSITY)
+    hits, asked = sum(map(replay.request, trace)), sum(map(len, trace))
+    (account,) = replay.index.ledger.accounts.values()
+    assert isinstance(account.learner, Demand)
+    gain = (hits - play(trace, capacity, LRU).hits) / asked
+    assert account.learner.gain == pytest.approx(gain, abs=0.005)

@@ -20,24 +20,28 @@ DEPTHS = 3
 """Depths 0 to 6, 7 to 62, and beyond."""
 BINS = 40
 """Two to an octave of age: see `bin_of`."""
-PRIOR_REQUESTS = 5
+PRIOR_REQUESTS = 20
 """What is known of a trait counts as much as what is known of all together once so many requests' blocks had it."""
-DOUBTFUL_REQUESTS = 20
+DOUBTFUL_REQUESTS = 100
 """After so many requests half of the confidence is there."""
+DOUBTFUL_TURNOVERS = 1
+"""After LRU would have replaced all that is held so often, half of the confidence is there."""
 MOST_HAZARD = 0.95
 REFRESH_USES = 64
 """At least so many uses lie between two looks at what was counted, and an eighth of all that are counted."""
 REFRESH_AT_LEAST_USES = 4_096
 """No more than so many."""
+TRAITS_AT_ONCE = 3
+"""How many are looked at together; a divisor of how many there are."""
 HALF_LIFE_USES = 1 << 16
 """After so many uses all counts are halved."""
 CLEARLY_LESS = 0.6
 """What is worth that much less than LRU's choice goes in its place: with all the confidence that there can be."""
 PROVEN_GAIN = 0.003
 """Share of the blocks asked for that was hit beyond LRU: from there on, what is worth less is worth less."""
-MOST_REGRET = 0.0005
+MOST_REGRET = 0.001
 """Share of the blocks asked for that LRU would have hit in addition: beyond, its order is kept to."""
-FREE_REGRET = 32
+FREE_REGRET = 128
 """In blocks, beside that share."""
 _PENDING = 64
 _WIDTH = 8
@@ -134,10 +138,8 @@ class Demand:
         blocks = len(traits)
         if last_use:
             self._pending.append((traits, self.now - last_use))
-            if not self._lru.would_hold(last_use):
-                self._gain += blocks
         self._blocks_asked += blocks
-        self._lru.use(blocks, last_use, self.now)
+        self._gain += blocks - self._lru.use(blocks, last_use, self.now)
 
     def asked(self) -> None:
         """A request's known blocks have been told."""
@@ -148,7 +150,12 @@ class Demand:
             self.clearly_less = 0.0
         else:
             most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
-            self.clearly_less = most * self._requests / (self._requests + DOUBTFUL_REQUESTS)
+            turnovers = max(self.now / max(self._lru.age(self.now), 1) - 1, 0)
+            self.clearly_less = (
+                most
+                * (turnovers / (turnovers + DOUBTFUL_TURNOVERS))
+                * (self._requests / (self._requests + DOUBTFUL_REQUESTS))
+            )
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
@@ -157,15 +164,16 @@ class Demand:
         traits = _FRESH[depth : depth + blocks]
         if len(traits) < blocks:
             traits += _DEEPEST * (blocks - len(traits))
-        returned = self._returned(keys) if len(self._remembered) else b""
-        traits = returned + traits[len(returned) :]
-        if traits[-1] % _WIDTH == 1:
-            traits = traits[:-1] + bytes([traits[-1] - 1 + _LAST])
+        returned = self._returned(keys) if self._remembered else b""
+        if returned:
+            traits = returned + traits[len(returned) :]
+        last = traits[-1]
+        if last % _WIDTH == 1:
+            last += _LAST - 1
+            traits = traits[:-1] + bytes((last,))
         for trait in set(traits):
             self._begun[trait] += traits.count(trait)
-        self._lru.use(blocks - len(returned), 0, now + 1)  # dated when the lease is lengthened over them
-        self._lru.held += blocks
-        self._lru.settle()
+        self._lru.enter(blocks, blocks - len(returned), now + 1)  # dated when the lease is lengthened over them
         self._blocks_asked += blocks
         return traits
 
@@ -201,8 +209,7 @@ class Demand:
                 break
             trait, last_use = known
             self._returns[trait][bin_of(self.now - last_use)] += 1
-            self._gain -= self._lru.would_hold(last_use)
-            self._lru.use(1, last_use, self.now + 1)
+            self._gain -= self._lru.use(1, last_use, self.now + 1)
             traits.append(self.step[trait])
         return bytes(traits)
 
@@ -224,9 +231,10 @@ class Demand:
         return self.worths[trait][(age * age).bit_length()]
 
     def refresh(self) -> None:
-        """Bring `worth` up to date, a trait a call: some 50 us, so that nobody waits long."""
+        """Bring `worth` up to date, a few traits a call: some 100 us, so that nobody waits long."""
         if self._to_learn:
-            self._learn(self._to_learn.pop())
+            for _ in range(TRAITS_AT_ONCE):
+                self._learn(self._to_learn.pop())
             if not self._to_learn:
                 self.worths, self._next_worth = self._next_worth, {}
                 self.worth_version += 1

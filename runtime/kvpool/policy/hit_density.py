@@ -65,7 +65,13 @@ class HitDensityPolicy:
         """Of the oldest and the youngest of each queue."""
         self._good_until: list[int] = []
         """Up to which time each queue's worths hold."""
+        self._changed: set[int] = set()
+        """Queues whose ends may be others by now."""
+        self._looked_at = -1
         self._worth_version = 0
+        self._oldest = 0
+        """The queue with the candidate used longest ago."""
+        self._least = _INFINITE
 
     def __len__(self) -> int:
         return len(self._queue_of)
@@ -75,20 +81,23 @@ class HitDensityPolicy:
         at = self._of_trait.get(trait)
         if at is None:
             at = self._opened(trait)
-        before = self._queue_of.get(candidate, at)
-        if before != at:
-            self._queues[before].oldest.withdraw(candidate)
-            self._good_until[before] = 0
+        before = self._queue_of.get(candidate)
+        queue = self._queues[at]
+        if before is not None:
+            self._changed.add(before)
+            if before != at:
+                self._queues[before].oldest.withdraw(candidate)
+        if before is not None or last_use < self._ages[at] or not queue.youngest or last_use >= queue.youngest[-1][0]:
+            self._changed.add(at)
         self._queue_of[candidate] = at
-        self._queues[at].offer(candidate, last_use)
-        self._good_until[at] = 0
+        queue.offer(candidate, last_use)
 
     def withdraw(self, candidate: Candidate) -> None:
         """Forget a candidate; nothing happens when it is not on offer."""
         at = self._queue_of.pop(candidate, None)
         if at is not None:
             self._queues[at].oldest.withdraw(candidate)
-            self._good_until[at] = 0
+            self._changed.add(at)
 
     def take(self) -> tuple[Candidate, int] | None:
         """Return the candidate with least worth, and the age at which it was offered."""
@@ -98,18 +107,17 @@ class HitDensityPolicy:
         queue = self._queues[at]
         taken = queue.take_youngest() if youngest else queue.oldest.take()
         assert taken is not None
-        self._good_until[at] = 0
+        self._changed.add(at)
         del self._queue_of[taken[0]]
         return taken
 
     def goes_too(self, last_use: int, trait: int) -> bool:
         """Whether a candidate like this would be taken next."""
         self._look()
-        oldest, least = min(self._ages), min(self._worths)
-        worth = self._demand.worth(trait, last_use)
-        if last_use <= oldest:
-            return worth <= least or least >= self._demand.clearly_less * worth
-        return worth <= least and worth < self._demand.clearly_less * self._worths[2 * self._ages.index(oldest)]
+        worth, oldest = self._demand.worth(trait, last_use), self._oldest
+        if last_use <= self._ages[oldest]:
+            return worth <= self._least or self._least >= self._demand.clearly_less * worth
+        return worth <= self._least and worth < self._demand.clearly_less * self._worths[2 * oldest]
 
     def next_age(self) -> int | None:
         """The age of the oldest candidate, whether or not that goes next: so models are compared by what they keep."""
@@ -131,25 +139,35 @@ class HitDensityPolicy:
 
     def _choice(self) -> tuple[int, bool]:
         """The queue to take from, and whether its youngest."""
-        self._demand.refresh()
         self._look()
-        oldest = self._ages.index(min(self._ages))
-        least = min(self._worths)
-        if least < self._demand.clearly_less * self._worths[2 * oldest]:
-            best = self._worths.index(least)
+        if self._least < self._demand.clearly_less * self._worths[2 * self._oldest]:
+            best = self._worths.index(self._least)
             return best // 2, best % 2 == 1
-        return oldest, False
+        return self._oldest, False
 
     def _look(self) -> None:
         """Bring up to date what is kept of all queues."""
+        now = self._demand.now
+        if now != self._looked_at:
+            self._look_around(now)
+        elif not self._changed:
+            return
+        for at in self._changed:
+            self._look_at(at, now)
+        self._changed.clear()
+        self._oldest = self._ages.index(min(self._ages))
+        self._least = min(self._worths)
+
+    def _look_around(self, now: int) -> None:
+        """Time has passed: note what may be worth something else."""
+        self._looked_at = now
         demand = self._demand
-        if self._worth_version != demand.worth_version:
+        demand.refresh()
+        if self._worth_version == demand.worth_version:
+            self._changed.update(at for at, until in enumerate(self._good_until) if until <= now)
+        else:
             self._worth_version = demand.worth_version
-            self._good_until = [0] * len(self._queues)
-        now = demand.now
-        for at, until in enumerate(self._good_until):
-            if until <= now:
-                self._look_at(at, now)
+            self._changed.update(range(len(self._queues)))
 
     def _look_at(self, at: int, now: int) -> None:
         """Bring up to date what is kept of a queue."""

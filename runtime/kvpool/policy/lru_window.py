@@ -5,6 +5,8 @@ blocks were used last, and up from which time they are `held` together. Some key
 times, and nothing for each block.
 """
 
+from collections import OrderedDict
+
 
 class LruWindow:
     """What an LRU would hold in place of what is held, by the clock of uses."""
@@ -13,42 +15,62 @@ class LruWindow:
         self.held = 0
         """Blocks that are held in fact, and that an LRU would hold."""
         self._since = 0
-        """Blocks used at this time or later are in it."""
+        """Blocks used after this time are in it, and some of those used at it."""
         self._blocks = 0
-        self._used_at: dict[int, int] = {}
+        self._used_at: OrderedDict[int, int] = OrderedDict()
         """How many blocks were used last at each time since, about oldest first. A time can lack a few blocks that
-        another has too many: leases that overlap date blocks again unseen."""
+        another has too many: leases that overlap date blocks again unseen. Ordered, for a plain dictionary is slow to
+        find its first key where many went before it."""
 
-    def would_hold(self, last_use: int) -> bool:
-        """Whether an LRU would hold a block that was used last at this time."""
-        return last_use >= self._since
+    def age(self, now: int) -> int:
+        """How long ago the oldest blocks that an LRU would hold were used, at most."""
+        return now - self._since
 
-    def use(self, blocks: int, last_use: int, now: int) -> None:
-        """Blocks that were used at `last_use` are used `now`; 0 for those that were never."""
-        used_at = self._used_at
-        if last_use and last_use >= self._since:
-            left = used_at.get(last_use, 0) - blocks
+    def use(self, blocks: int, last_use: int, now: int) -> int:
+        """Blocks that were used at `last_use` are used `now`: return how many of them an LRU would hold.
+
+        `last_use` is 0 for those that were never used. Of the oldest that it holds it may have lost some.
+        """
+        used_at, held = self._used_at, 0
+        if last_use > self._since:
+            held = blocks
+        elif last_use == self._since:
+            held = max(min(blocks, used_at.get(last_use, 0)), 0)
+        if held:
+            left = used_at.get(last_use, 0) - held
             if left:
                 used_at[last_use] = left
             else:
                 del used_at[last_use]
-        else:
-            self._blocks += blocks
+        self._blocks += blocks - held
         used_at[now] = used_at.get(now, 0) + blocks
+        return held
 
     def forget(self, blocks: int, last_use: int) -> None:
         """Blocks were erased: an LRU would have lost them too."""
-        if last_use >= self._since:
+        in_it = last_use > self._since or (last_use == self._since and self._used_at.get(last_use, 0) >= blocks)
+        if last_use and in_it:
             self._used_at[last_use] = self._used_at.get(last_use, 0) - blocks
             self._blocks -= blocks
 
-    def settle(self) -> None:
-        """Let the LRU have no more than is held, but for a part of the blocks of one time."""
+    def enter(self, blocks: int, unknown: int, now: int) -> None:
+        """So many blocks more are held; those `unknown` are new to an LRU too, and the others were told by `use`."""
+        self.held += blocks
+        self._blocks += unknown
+        self._used_at[now] = self._used_at.get(now, 0) + unknown
+        if self._blocks > self.held:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the LRU have no more than is held."""
         used_at, surplus = self._used_at, self._blocks - self.held
-        while surplus > 0:
-            oldest = next(iter(used_at), None)
-            if oldest is None or used_at[oldest] > surplus:
+        while surplus > 0 and used_at:
+            oldest = next(iter(used_at))
+            blocks = used_at[oldest]
+            if blocks > surplus:
+                used_at[oldest] = blocks - surplus
+                self._since = max(self._since, oldest)
                 break
             surplus -= used_at.pop(oldest)
             self._since = max(self._since, oldest + 1)
-        self._blocks = self.held + surplus
+        self._blocks = self.held

@@ -20,11 +20,15 @@ class Remembered:
 
     def add(self, keys: Sequence[bytes], trait: int, last_use: int, held: int) -> None:
         """Remember these, a few. `held` blocks are not evicted: the more, the more is remembered."""
-        if len(self._young) >= min(max(REMEMBERED_PER_HELD * held // 2, LEAST_REMEMBERED), MOST_REMEMBERED):
-            self._old, self._young = self._young, {}
+        young = self._young
+        if len(young) >= LEAST_REMEMBERED and len(young) >= min(REMEMBERED_PER_HELD * held // 2, MOST_REMEMBERED):
+            self._old, self._young = young, {}
         self._young.update(dict.fromkeys(keys, last_use << _SHIFT | trait))
 
     def pop(self, key: bytes) -> tuple[int, int] | None:
         """The trait and the last use of a block that is held again, if it is remembered."""
         known = self._young.pop(key, 0) or self._old.pop(key, 0)
         return (known & 0xFF, known >> _SHIFT) if known else None
+
+    def __bool__(self) -> bool:
+        return bool(self._young or self._old)

@@ -74,6 +74,10 @@ def note_return(learner: Learner, node: Node, index: int, until: int, now: int) 
 def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Sequence[bytes]) -> None:
     """These blocks of an edge, first to last, have lost their last copy: told in runs of one trait and one age."""
     erased, until = node.tree.erased, len(lost)
+    traits = node.traits[lost[0] : lost[-1] + 1]
+    if node.heads is None and not erased and traits.count(traits[0]) == until:
+        learner.lost(keys, traits[0], node.last_use)
+        return
     while until:
         last = lost[until - 1]
         from_ = max(node.same_age_from(last), node.same_trait_from(last))
