@@ -8,6 +8,7 @@ from hypothesis import given
 
 from kvpool.policy import POLICIES, Demand, HitDensityPolicy
 from kvpool.policy import demand as demand_module
+from kvpool.policy import lru_window as lru_window_module
 from kvpool.policy import remembered as remembered_module
 from kvpool.policy.demand import KEY_BYTES, best_density
 from kvpool.policy.lru_window import LruWindow
@@ -117,3 +118,12 @@ def test_the_window_holds_what_an_lru_of_the_same_size_holds(uses: list[int], he
         assert window.use(1, before, now) == kept
         window.enter(min(1, held - window.held), 0, now)
         used_at[block] = now
+
+
+def test_times_that_the_window_keeps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lru_window_module, "MOST_TIMES", 50)
+    window = LruWindow()
+    for now in range(2, 500):
+        window.use(1, now - 1, now)  # was dated unseen meanwhile
+        window.enter(1, 1, now)
+        assert len(window._used_at) <= 51

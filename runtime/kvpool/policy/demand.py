@@ -102,7 +102,10 @@ class Demand:
         """What is worth less than this share of what LRU's choice is worth goes in its place."""
         self.worth_version = 0
         """Advances when `worth` was brought up to date."""
+        self._born = 0
+        """When the first request came; the clock is the index's, which may be older."""
         self._since = 0
+        """Since when what is counted was counted."""
         self._pending: list[tuple[bytes, int]] = []
         self._returns = {trait: [0.0] * BINS for trait in _TRAITS}
         """Blocks with this trait that were asked for again, by age."""
@@ -143,6 +146,8 @@ class Demand:
 
     def asked(self) -> None:
         """A request's known blocks have been told."""
+        if not self._born:
+            self._born = self._since = self.now
         self._requests += 1
         if len(self._pending) > _PENDING:
             self._digest()
@@ -150,12 +155,13 @@ class Demand:
             self.clearly_less = 0.0
         else:
             most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
-            turnovers = max(self.now / max(self._lru.age(self.now), 1) - 1, 0)
-            self.clearly_less = (
-                most
-                * (turnovers / (turnovers + DOUBTFUL_TURNOVERS))
-                * (self._requests / (self._requests + DOUBTFUL_REQUESTS))
-            )
+            self.clearly_less = most * self._confidence()
+
+    def _confidence(self) -> float:
+        """From 0, while nothing was seen for longer than LRU would have held it, to 1."""
+        turnovers = max((self.now - self._born) / max(self._lru.age(self.now), 1) - 1, 0)
+        of_turnovers = turnovers / (turnovers + DOUBTFUL_TURNOVERS)
+        return of_turnovers * self._requests / (self._requests + DOUBTFUL_REQUESTS)
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
@@ -189,13 +195,20 @@ class Demand:
 
     def lost(self, keys: Sequence[bytes], trait: int, last_use: int) -> None:
         """Blocks of one trait, used at one time, leave for good."""
-        self._lru.held -= len(keys)
+        self._lru.leave(len(keys))
         self._remembered.add(keys, trait, last_use, self._lru.held)
 
     def erased(self, blocks: int, last_use: int) -> None:
         """Blocks used at one time leave because they must, and are not remembered."""
-        self._lru.held -= blocks
+        self._lru.leave(blocks)
         self._lru.forget(blocks, last_use)
+
+    def adopted(self, blocks: int) -> None:
+        """So many blocks came from another account, of which nothing is known here; or went there, if negative."""
+        if blocks < 0:
+            self._lru.leave(-blocks)
+        else:
+            self._lru.enter(blocks, blocks, self.now)
 
     def _returned(self, keys: bytes) -> bytes:
         """The traits, one use on, of as many of the first blocks as are remembered.

@@ -1,11 +1,14 @@
 """How many hits an LRU of the same size would have had: counted, not simulated.
 
 An LRU of `held` blocks holds those used last, whatever else is so. So it is enough to know at which times how many
-blocks were used last, and up from which time they are `held` together. Some keys' worth of memory for each of those
-times, and nothing for each block.
+blocks were used last, and up from which time they are `held` together. That takes memory for each of those times, at
+most `MOST_TIMES` of them, and nothing for each block.
 """
 
 from collections import OrderedDict
+
+MOST_TIMES = 1 << 16
+"""Beyond, the oldest two become one."""
 
 
 class LruWindow:
@@ -53,6 +56,10 @@ class LruWindow:
             self._used_at[last_use] = self._used_at.get(last_use, 0) - blocks
             self._blocks -= blocks
 
+    def leave(self, blocks: int) -> None:
+        """So many blocks less are held; an LRU loses those used longest ago when others are entered."""
+        self.held = max(self.held - blocks, 0)
+
     def enter(self, blocks: int, unknown: int, now: int) -> None:
         """So many blocks more are held; those `unknown` are new to an LRU too, and the others were told by `use`."""
         self.held += blocks
@@ -60,6 +67,9 @@ class LruWindow:
         self._used_at[now] = self._used_at.get(now, 0) + unknown
         if self._blocks > self.held:
             self._settle()
+        while len(self._used_at) > MOST_TIMES:
+            _, blocks = self._used_at.popitem(last=False)
+            self._used_at[next(iter(self._used_at))] += blocks
 
     def _settle(self) -> None:
         """Let the LRU have no more than is held."""

@@ -300,6 +300,10 @@ class PrefixIndex:
         with self.lock:
             old, tree.model = tree.account, model
             new = tree.account = self.ledger.account(model)
+            blocks = sum(node.has_copy(at) for node in tree.nodes() for at in range(node.blocks))
+            for learner, came in ((old.learner, -blocks), (new.learner, blocks)):
+                if learner is not None:
+                    learner.adopted(came)
             for node in tree.nodes():
                 for level, (before, after) in enumerate(zip(old.candidates, new.candidates, strict=True)):
                     before.withdraw(node)

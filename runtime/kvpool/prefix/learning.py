@@ -44,6 +44,10 @@ class Learner(Protocol):
         """Blocks used last at one time have lost their last copy, and nothing of them may be remembered."""
         ...
 
+    def adopted(self, blocks: int) -> None:
+        """So many blocks came from another model's account, or went there, if negative."""
+        ...
+
 
 def note_request(learner: Learner, node: Node, depth: int, now: int) -> None:
     """A request has matched up to `depth` in `node`. To be called before these blocks are dated."""
