@@ -127,3 +127,19 @@ def test_times_that_the_window_keeps_are_bounded(monkeypatch: pytest.MonkeyPatch
         window.use(1, now - 1, now)  # was dated unseen meanwhile
         window.enter(1, 1, now)
         assert len(window._used_at) <= 51
+
+
+def test_where_lru_would_have_hit_more_its_order_is_kept_to_until_another_trial() -> None:
+    demand, trust = Demand(), list[float]()
+    for now in range(1, 2 + 2 * demand_module.BARRED_REQUESTS):
+        wanted_again = now < 10  # what is asked for next goes, though an LRU would have held it
+        keys = [key(number if wanted_again else 100 * now + number) for number in range(100)]
+        demand.now = now
+        traits = demand.entered(b"".join(keys), 0, now)
+        demand.asked()
+        demand.refresh()
+        trust.append(demand.clearly_less)
+        demand.lost(keys, traits[0], now + 1)
+    assert demand.gain < 0
+    assert not any(trust[10 : demand_module.BARRED_REQUESTS])
+    assert trust[-1] > 0

@@ -68,7 +68,9 @@ class RamTier(Model):
     codec: Codec | None = Field(None, description=_SAME_CODEC)
     huge_pages: Flag = Field(False, description="Whether to ask the kernel for 2 MiB pages.")
     index_bytes: Annotated[Quantity, Bytes("1Mi")] = Field(
-        Quantity.parse("512Mi"), description="Host memory for the prefix index, beside the capacity, at most."
+        Quantity.parse("512Mi"),
+        description="Host memory for the prefix index, beside the capacity, at most. "
+        "What hit-density remembers comes on top: up to about 32Mi per model.",
     )
 
 

@@ -40,9 +40,11 @@ CLEARLY_LESS = 0.6
 PROVEN_GAIN = 0.003
 """Share of the blocks asked for that was hit beyond LRU: from there on, what is worth less is worth less."""
 MOST_REGRET = 0.001
-"""Share of the blocks asked for that LRU would have hit in addition: beyond, its order is kept to."""
+"""Share of the blocks asked for that LRU would have hit in addition: beyond, its order is kept to for a while."""
 FREE_REGRET = 128
 """In blocks, beside that share."""
+BARRED_REQUESTS = 256
+"""For so many, then twice as many the next time, and so on: what is learned meanwhile is worth another trial."""
 _PENDING = 64
 _WIDTH = 8
 """Values of a byte for each depth; of which 1 to `_LAST` are in use."""
@@ -115,6 +117,12 @@ class Demand:
         self._blocks_asked = 0.0
         self._gain = 0.0
         """Blocks that were hit and would not have been under LRU, less those that only LRU would have hit."""
+        self._asks = 0
+        self._barred_until = 0
+        """Up to so many requests the order is LRU's, for that would have hit more."""
+        self._bar_requests = BARRED_REQUESTS
+        self._forgiven = 0.0
+        """What of `gain`, lost before the latest trial, is not held against that."""
         self._lru = LruWindow()
         self._remembered = Remembered()
         self.worths = {trait: _to_any_age([1 / (1 + _START[at]) for at in range(BINS)]) for trait in _TRAITS}
@@ -149,19 +157,9 @@ class Demand:
         if not self._born:
             self._born = self._since = self.now
         self._requests += 1
+        self._asks += 1
         if len(self._pending) > _PENDING:
             self._digest()
-        if self._gain < -FREE_REGRET - MOST_REGRET * self._blocks_asked:
-            self.clearly_less = 0.0
-        else:
-            most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
-            self.clearly_less = most * self._confidence()
-
-    def _confidence(self) -> float:
-        """From 0, while nothing was seen for longer than LRU would have held it, to 1."""
-        turnovers = max((self.now - self._born) / max(self._lru.age(self.now), 1) - 1, 0)
-        of_turnovers = turnovers / (turnovers + DOUBTFUL_TURNOVERS)
-        return of_turnovers * self._requests / (self._requests + DOUBTFUL_REQUESTS)
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
@@ -227,13 +225,14 @@ class Demand:
         return bytes(traits)
 
     def _digest(self) -> None:
-        step = self.step
+        by_bin: dict[int, bytearray] = {}
         for traits, age in self._pending:
-            at = bin_of(age)
-            for trait in set(traits):
-                blocks = traits.count(trait)
+            by_bin.setdefault(bin_of(age), bytearray()).extend(traits)
+        for at, together in by_bin.items():
+            for trait in set(together):
+                blocks = together.count(trait)
                 self._returns[trait][at] += blocks
-                self._begun[step[trait]] += blocks
+                self._begun[self.step[trait]] += blocks
         self._pending.clear()
 
     # -- what follows from it ------------------------------------------------------------------------------------------
@@ -244,7 +243,8 @@ class Demand:
         return self.worths[trait][(age * age).bit_length()]
 
     def refresh(self) -> None:
-        """Bring `worth` up to date, a few traits a call: some 100 us, so that nobody waits long."""
+        """Bring `worth` and `clearly_less` up to date, a few traits a call: some 100 us, so that nobody waits long."""
+        self.clearly_less = self._trust()
         if self._to_learn:
             for _ in range(TRAITS_AT_ONCE):
                 self._learn(self._to_learn.pop())
@@ -259,11 +259,30 @@ class Demand:
             self._overall = self._hazards(_summed(self._returns.values()), sum(self._begun.values()), None)
             self._to_learn = list(_TRAITS)
 
+    def _trust(self) -> float:
+        """What `clearly_less` should be now."""
+        if self._asks < self._barred_until:
+            self._forgiven = -self._gain - FREE_REGRET / 2
+            return 0.0
+        if self._gain + self._forgiven < -FREE_REGRET - MOST_REGRET * self._blocks_asked:
+            self._barred_until = self._asks + self._bar_requests
+            self._bar_requests *= 2
+            return 0.0
+        most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
+        return most * self._confidence()
+
+    def _confidence(self) -> float:
+        """From 0, while nothing was seen for longer than LRU would have held it, to 1."""
+        turnovers = max((self.now - self._born) / max(self._lru.age(self.now), 1) - 1, 0)
+        of_turnovers = turnovers / (turnovers + DOUBTFUL_TURNOVERS)
+        return of_turnovers * self._requests / (self._requests + DOUBTFUL_REQUESTS)
+
     def _fade(self) -> None:
         self._since += (self.now - self._since) // 2
         self._requests /= 2
         self._blocks_asked /= 2
         self._gain /= 2
+        self._forgiven /= 2
         for trait in _TRAITS:
             self._begun[trait] /= 2
             self._returns[trait] = [blocks / 2 for blocks in self._returns[trait]]

@@ -35,16 +35,14 @@ class LruWindow:
         `last_use` is 0 for those that were never used. Of the oldest that it holds it may have lost some.
         """
         used_at, held = self._used_at, 0
-        if last_use > self._since:
-            held = blocks
-        elif last_use == self._since:
-            held = max(min(blocks, used_at.get(last_use, 0)), 0)
-        if held:
-            left = used_at.get(last_use, 0) - held
+        if last_use >= self._since:
+            left = used_at.get(last_use, 0)
+            held = blocks if last_use > self._since else max(min(blocks, left), 0)
+            left -= held
             if left:
                 used_at[last_use] = left
             else:
-                del used_at[last_use]
+                used_at.pop(last_use, None)
         self._blocks += blocks - held
         used_at[now] = used_at.get(now, 0) + blocks
         return held
