@@ -16,6 +16,7 @@ from kvpool.api.codec import Codec
 from kvpool.blocks.layout import PAGE_BYTES, Dtype, KVLayout
 from kvpool.blocks.record import Buffer, read_head, sealed_as
 from kvpool.config import RuntimeConfig
+from kvpool.errors import InputError
 from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec, Verdict
@@ -318,6 +319,34 @@ def test_a_model_may_have_a_codec_of_its_own_and_keeps_it_over_a_restart(tmp_pat
         assert 0 < load(own, 3)[0].error(0) <= BOUND[Codec.INT8_SYMMETRIC]
     with open_with(tmp_path) as pool:
         assert 0 < load(pool.model("own"), 3)[0].error(0) <= BOUND[Codec.INT8_SYMMETRIC]
+
+
+def test_codecs_of_a_model_in_use_stay_as_they_are(tmp_path: Path) -> None:
+    lossy = ModelSpec(identity=identity(layout=LARGE), codecs={TierName.RAM: Codec.INT4_ASYMMETRIC})
+    exact = ModelSpec(identity=identity(layout=LARGE), codecs={TierName.RAM: Codec.NONE})
+    with open_with(tmp_path, ssd_bytes=None) as pool:
+        store(pool.register(lossy), 3)
+        with pytest.raises(InputError, match="in use with codecs"):
+            pool.register(exact)
+        pool.unregister("m")
+        model = pool.register(exact)
+        store(model, 3)
+        pool._engine.ram_encoder.run()
+        assert load(model, 3)[0].error(0) == 0.0
+
+
+def test_what_is_leased_of_a_model_that_is_unregistered_can_be_read_to_its_end(tmp_path: Path) -> None:
+    with open_with(tmp_path, ssd=Codec.INT8_SYMMETRIC) as pool:
+        model = pool.register(spec(layout=LARGE))
+        store(model, 5)
+        flushed(pool)
+        empty_ram(pool)
+        sink = Floats(model)
+        with model.match(prompt(5)) as lease:
+            pool.unregister("m")
+            assert lease.load(sink) == 5 * LARGE.block_tokens
+        assert sink.error(4) <= BOUND[Codec.INT8_SYMMETRIC]
+        assert pool.stats().tiers[TierName.SSD].corrupt == {}
 
 
 def test_a_quota_counts_encoded_bytes(tmp_path: Path) -> None:

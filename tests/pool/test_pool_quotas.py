@@ -294,6 +294,51 @@ def test_unregistering_with_leases_open_waits_for_their_end_and_nobody_else_can_
         assert store(again, prompt(5, seed=1)).stored == 5
 
 
+def test_unregistering_one_revision_leaves_the_other_in_the_account(tmp_path: Path) -> None:
+    with open_with(tmp_path, {"m": {"ram": (0, 8)}}) as pool:
+        pool.register(spec(weights="old"))
+        new = pool.register(spec(weights="new"))
+        with new.match(prompt(4, seed=1)):
+            pool.unregister("m", fingerprint=identity(weights="old").fingerprint)
+            pool._engine.wake()
+            store(new, prompt(12, seed=1))
+        assert held(pool, "m") == 8, "its blocks are charged, and its limit holds"
+        check(pool)
+
+
+def test_accounts_of_models_that_were_unregistered_are_closed_in_the_end(tmp_path: Path) -> None:
+    with open_with(tmp_path, {}) as pool:
+        model = pool.register(spec())
+        store(model, prompt(3, seed=1))
+        with model.match(prompt(3, seed=1)):
+            pool.unregister("m")
+        pool._engine.wake()
+        eventually(lambda: "m" not in pool._engine.index.ledger.accounts, "its account is closed")
+
+
+def test_a_reload_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    base = config(ssd=4 * MIB, directory=tmp_path)
+    with Pool.open(base) as pool:
+        model = pool.register(spec())
+        broken = with_quotas(config(ssd=4096, directory=tmp_path), {"m": {"ram": (0, 0)}})
+        with pytest.raises(ConfigError):
+            pool.reload(broken)
+        assert store(model, prompt(4, seed=1)).stored == 4
+
+
+def test_registered_guarantees_that_do_not_fit_any_more_do_not_keep_the_pool_shut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quotas = {TierName.RAM: QuotaConfig(guaranteed_bytes=100 * RECORD)}
+    with open_with(tmp_path, {}, ram=128 * RECORD) as pool:
+        pool.register(ModelSpec(identity=identity(), quotas=quotas))
+    with open_with(tmp_path, {"m": {"ram": (0, 8)}}, ram=64 * RECORD) as pool:
+        assert pool.model("m").name == "m"
+    with open_with(tmp_path, {}, ram=64 * RECORD) as pool:
+        assert "not in force" in caplog.text
+        assert store(pool.model("m"), prompt(4, seed=1)).stored == 4
+
+
 def test_a_restart_does_not_take_up_the_records_of_what_was_unregistered(tmp_path: Path) -> None:
     with open_with(tmp_path, {}, ssd=4 * MIB) as pool:
         store(pool.register(spec()), prompt(5, seed=1))

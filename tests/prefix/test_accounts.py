@@ -178,6 +178,20 @@ def test_encoded_copies_are_charged_by_their_length() -> None:
     world.check()
 
 
+def test_no_more_goes_than_is_wanted_where_the_last_blocks_are_encoded_and_those_before_are_not() -> None:
+    world = World(encoded=True)
+    world.store("one", prompt(1, 10), keep=True)
+    world.index.unpin(world.pins.pop())
+    node = next(world.trees["one"].nodes())
+    for at in (9, 8):
+        held = hold(world.index, RAM, node.place(at, RAM), near=node)
+        assert held is not None
+        assert settle(world.index, held, world.places(1, ENCODED)[0])
+    gone = world.index.evict(RAM, 2 * ENCODED + RAW)
+    assert [copy.record_bytes for copy in gone] == [ENCODED, ENCODED, RAW]
+    world.check()
+
+
 def scripts(verbs: list[str], *, least: int = 0) -> st.SearchStrategy[list[tuple[str, str, int, int]]]:
     """What is done, by which model, with which prompt, of how many blocks."""
     return st.lists(

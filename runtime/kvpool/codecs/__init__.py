@@ -4,7 +4,7 @@ from kvpool.codecs.calibration import Calibrator
 from kvpool.codecs.catalogue import FORMAT_VERSION, NUMBERS, UnknownCodecError, codec_for, codec_of
 from kvpool.codecs.limits import ClipLimits, DamagedLimitsError
 from kvpool.codecs.loss import Loss
-from kvpool.codecs.payload import PayloadCodec
+from kvpool.codecs.payload import PayloadCodec, check_available
 
 __all__ = [
     "FORMAT_VERSION",
@@ -15,6 +15,7 @@ __all__ = [
     "Loss",
     "PayloadCodec",
     "UnknownCodecError",
+    "check_available",
     "codec_for",
     "codec_of",
 ]

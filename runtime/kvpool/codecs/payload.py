@@ -147,6 +147,11 @@ def _on_cpu() -> tuple[Any, Callable[[Buffer], Any]]:
     return tensors, tensors.over
 
 
+def check_available() -> None:
+    """Raise `ConfigError` where this installation can neither encode nor decode."""
+    _on_cpu()
+
+
 def _tensors() -> ModuleType:
     """The module that works with torch. Raises `ConfigError` where torch is not installed."""
     try:

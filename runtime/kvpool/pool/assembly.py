@@ -9,6 +9,7 @@ from kvpool.api import SharingScope
 from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint
 from kvpool.blocks.layout import KVLayout
+from kvpool.codecs import check_available
 from kvpool.config import RuntimeConfig, SsdConfig
 from kvpool.policy import POLICIES
 from kvpool.pool.calibration import NO_CLIPPING, Calibrations
@@ -54,6 +55,7 @@ def assemble(
     *,
     identity_of: Identities,
     is_unregistered: Callable[[Fingerprint], bool],
+    is_known_name: Callable[[str], bool],
     wake: Callable[[], None],
     disk: Disk | None,
     gpu: GpuOpener,
@@ -142,6 +144,7 @@ def assemble(
         gpu=gpu_parts,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
+        is_known_name=is_known_name,
         wake=wake,
     )
     return engine
@@ -161,6 +164,8 @@ def make_encodings(config: RuntimeConfig, directory: PoolDirectory, identity_of:
             directory.path, samples=compression.calibration_samples, percentile=compression.outlier_percentile
         )
     by_level = {RAM: config.ram.codec, SSD: config.ssd.codec if config.ssd else Codec.NONE}
+    if any(codec is not Codec.NONE for codec in by_level.values()):
+        check_available()
     return Encodings(by_level, compression.granularity, layout_of=layout_of, calibrations=calibrations)
 
 

@@ -30,6 +30,16 @@ class _Entry:
         self.limits = limits
         self.calibrator = calibrator
 
+    def observe(self, payload: Buffer) -> ClipLimits | None:
+        """Learn from a block; the new limits, in force from now on, where it was the last one needed."""
+        if self.calibrator is None:
+            return None
+        self.calibrator.observe(payload)
+        if not self.calibrator.done:
+            return None
+        self.limits, self.calibrator = self.calibrator.limits(), None
+        return self.limits
+
 
 class Calibrations:
     """Of all models of a pool. Safe from any thread. Not to be made where `percentile` is `NO_CLIPPING`."""
@@ -50,12 +60,11 @@ class Calibrations:
             entry = self._entries.get(fingerprint)
             if entry is None:
                 entry = self._entries[fingerprint] = self._opened(fingerprint, layout)
-            if entry.calibrator is not None:
-                entry.calibrator.observe(payload)
-                if entry.calibrator.done:
-                    entry.limits, entry.calibrator = entry.calibrator.limits(), None
-                    self._save(fingerprint, entry.limits)
-            return entry.limits
+            learnt = entry.observe(payload)
+            limits = entry.limits
+        if learnt is not None:  # outside of the lock: a disk that hangs holds up nobody else's encoding
+            self._save(fingerprint, learnt)
+        return limits
 
     def forget(self, fingerprint: Fingerprint) -> None:
         """The model was unregistered."""

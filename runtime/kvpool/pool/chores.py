@@ -46,9 +46,11 @@ class Chores:
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""
+        index = self._engine.index
         with self._engine.burying:
-            while gone := self._engine.index.bury():
+            while gone := index.bury():
                 self._engine.copies.release(gone)
+        index.close_accounts(self._engine.is_known_name)
 
     def reopen_ssd(self) -> None:
         """Open the ssd tier if it could not be opened before."""

@@ -69,7 +69,7 @@ class Encodings:
         """The model was unregistered."""
         self.use(fingerprint, {})
         with self._lock:
-            self._overrides.pop(fingerprint)
+            self._overrides.pop(fingerprint, None)
         if self._calibrations is not None:
             self._calibrations.forget(fingerprint)
 
@@ -126,7 +126,7 @@ class Encodings:
             codec = codec_of(layout, head.codec, head.codec_params)
         except UnknownCodecError:
             raise CorruptRecordError(Corruption.CODEC) from None
-        if codec.encoded_bytes != head.payload_bytes:
+        if codec.encoded_bytes != head.payload_bytes or codec.record_bytes >= layout.record_bytes:
             raise CorruptRecordError(Corruption.LENGTH)
 
     def decode(self, layout: KVLayout, record: Bytes, into: Bytes) -> None:

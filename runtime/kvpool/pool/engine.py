@@ -115,6 +115,8 @@ class Engine:
     """None: the configuration has no gpu tier."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
+    is_known_name: Callable[[str], bool]
+    """Whether a model of this name is registered; the trees of unknown models have the name ''."""
     wake: Callable[[], None]
     """Has the housekeeper look for work now."""
     burying: threading.Lock = field(default_factory=threading.Lock)

@@ -133,6 +133,8 @@ class Model:
             pin = engine.index.match(tree, packed, extras)
             if engine.tenants.is_stale(pin.tree):  # erased since it was looked up, and entered again by this match
                 engine.index.erase(pin.tree)
+            elif self._unregistered:
+                engine.index.erase(pin.tree, Loss.UNREGISTERED)
             already = pin.depth
             total = len(packed) // self._token_bytes
             try:

@@ -73,6 +73,7 @@ class Pool:
             load_history(directory.history, is_new=directory.is_new),
             identity_of=self._registry.identity,
             is_unregistered=self._registry.is_unregistered,
+            is_known_name=self._registry.is_known_name,
             wake=self._memory_keeper.wake,
             disk=disk,
             gpu=gpu or TorchDevice(),
@@ -313,9 +314,10 @@ class Pool:
 
     def _apply(self, config: RuntimeConfig) -> None:
         engine = self._engine
-        self._roster.reconfigure(config)
+        self._roster.check(config)
         if config.ssd is not None:
             engine.store.resize(config.ssd)
+        self._roster.reconfigure(config)
         engine.settings = live_settings(config)
         engine.index.sharing = sharing_rules(config)
         engine.index.limit_bytes = config.ram.index_bytes

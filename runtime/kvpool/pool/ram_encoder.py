@@ -100,7 +100,7 @@ class RamEncoder:
             return True
         done = True
         for place in self._raw_places(node):
-            held = hold(self._index, RAM, place)
+            held = hold(self._index, RAM, place, near=node)
             if held is None:
                 done = False
             else:

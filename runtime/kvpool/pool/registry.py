@@ -47,6 +47,7 @@ class Registry:
         self._path = path
         self._models = {model.fingerprint: (model, terms) for model, terms in models}
         self._unregistered = dict.fromkeys(unregistered)
+        self._gone: dict[Fingerprint, ModelIdentity] = {}
         self._saved = True
         self._lock = threading.Lock()
 
@@ -82,18 +83,22 @@ class Registry:
             self._unregistered.pop(identity.fingerprint, None)
             self._models[identity.fingerprint] = entry
             while len(self._models) > MAX_MODELS:
-                del self._models[next(iter(self._models))]
+                self._note_gone(self._models.pop(next(iter(self._models))))
             self._save()
 
     def forget(self, fingerprints: Iterable[Fingerprint]) -> None:
-        """These models were unregistered; durably, as far as the disk allows."""
+        """These models were unregistered; durable after `save`."""
         with self._lock:
             for fingerprint in fingerprints:
-                self._models.pop(fingerprint, None)
+                self._note_gone(self._models.pop(fingerprint, None))
                 self._unregistered.pop(fingerprint, None)
                 self._unregistered[fingerprint] = None
             while len(self._unregistered) > MAX_UNREGISTERED:
                 del self._unregistered[next(iter(self._unregistered))]
+
+    def save(self) -> None:
+        """Write the file, as far as the disk allows."""
+        with self._lock:
             self._save()
 
     def keep_rates(self, rates: Mapping[Fingerprint, float]) -> None:
@@ -113,9 +118,14 @@ class Registry:
             return [identity for identity, _ in reversed(self._models.values())]
 
     def identity(self, fingerprint: Fingerprint) -> ModelIdentity | None:
-        """The model of this fingerprint."""
+        """The model of this fingerprint; of one that was forgotten by this process too, for it may be in use still."""
         known = self._models.get(fingerprint)
-        return known[0] if known else None
+        return known[0] if known else self._gone.get(fingerprint)
+
+    def is_known_name(self, name: str) -> bool:
+        """Whether a model of this name is registered. The empty name stands for models that are not known."""
+        with self._lock:
+            return not name or any(identity.name == name for identity, _ in self._models.values())
 
     def terms(self, fingerprint: Fingerprint) -> Terms:
         """What the model was registered with last."""
@@ -134,6 +144,13 @@ class Registry:
     def by_name(self, name: str) -> list[ModelIdentity]:
         """The models of that name (other weights, layouts, ranks), most recently registered first."""
         return [model for model in self.known() if model.name == name]
+
+    def _note_gone(self, known: tuple[ModelIdentity, Terms] | None) -> None:
+        """What is leased of a forgotten model is read still, and needs its layout."""
+        if known is not None:
+            self._gone[known[0].fingerprint] = known[0]
+            while len(self._gone) > MAX_MODELS:
+                del self._gone[next(iter(self._gone))]
 
     def _save(self) -> None:
         content = {

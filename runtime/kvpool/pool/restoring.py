@@ -104,8 +104,6 @@ def _restore_tree(
             return 0
         model = identity.name if identity else ""
         tree = engine.tenants.tree(tree_id, token_bytes=token_bytes, record_bytes=record_bytes, model=model)
-    if any(record.record_bytes != record_bytes for record in alike):
-        engine.index.expect_encoded(tree)
     restored = restore(engine.index, tree, alike)
     unlike: list[int] = []
     if len(alike) < len(records):

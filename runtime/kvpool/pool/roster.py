@@ -10,9 +10,10 @@ from pathlib import Path
 from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint, ModelIdentity
 from kvpool.blocks.layout import PAGE_BYTES
+from kvpool.codecs import check_available
 from kvpool.config import RuntimeConfig
 from kvpool.config.runtime import QuotaConfig
-from kvpool.errors import InputError
+from kvpool.errors import ConfigError, InputError
 from kvpool.pool.burying import bury, trees_of
 from kvpool.pool.engine import Engine
 from kvpool.pool.explain import Explainer
@@ -21,6 +22,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.quotas import LEVEL_OF, check_guarantees, quotas_of
 from kvpool.pool.registry import Registry, Terms
 from kvpool.pool.results import ModelSpec, UnregisterReport
+from kvpool.prefix.accounts import Quotas
 from kvpool.prefix.history import Loss
 from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.tiers.tier import TierName
@@ -41,21 +43,31 @@ class Roster:
         self._directory = directory
         self._models: dict[Fingerprint, Model] = {}
         self._lock = threading.Lock()
+        self._changing = threading.Lock()
+        """Held by whoever changes quotas, from looking at what is registered until it is in force."""
         self._gpu_guaranteed = 0
 
     def start(self) -> None:
-        """Take over what the directory remembers. Raises `ConfigError` where guarantees do not fit."""
+        """Take over what the directory remembers. Raises `ConfigError` where guarantees do not fit.
+
+        Those that models were registered with are left out where they do not fit beside the configuration's.
+        """
         for identity in self._registry.known():
             self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
-        self._set_quotas(self._config)
+        try:
+            self._set_quotas(self._config)
+        except ConfigError as error:
+            self._set_quotas(self._config, {})
+            _log.warning("quotas that models were registered with do not fit and are not in force: %s", error)
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """Take over the quotas and prefill rates of another configuration.
 
         Raises `ConfigError` where guarantees do not fit: nothing is changed then.
         """
-        self._set_quotas(config)
-        self._config = config
+        with self._changing:
+            self._set_quotas(config)
+            self._config = config
         rates = {model.name: model.prefill_tokens_per_second for model in config.models}
         for model in self.models():
             if model.name in rates:
@@ -70,14 +82,17 @@ class Roster:
             known = self._models.get(identity.fingerprint)
         if known is not None and terms is None:
             return known
-        if terms is not None and terms.quotas:
-            self._set_quotas(self._config, {**self._registry.quotas(), identity.name: terms.quotas})
-        self._registry.remember(identity, terms)
-        self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
-        self._engine.wake()
-        with self._lock:
-            known = self._models.get(identity.fingerprint)
-            return known or self._add_model(identity, spec.prefill_tokens_per_second)
+        with self._changing:
+            if known is not None and terms is not None:
+                self._check_that_codecs_stay(identity, terms)
+            if terms is not None and terms.quotas:
+                self._set_quotas(self._config, {**self._registry.quotas(), identity.name: terms.quotas})
+            self._registry.remember(identity, terms)
+            self._use_codecs(identity.fingerprint, self._registry.terms(identity.fingerprint).codecs)
+            self._engine.wake()
+            with self._lock:
+                known = self._models.get(identity.fingerprint)
+                return known or self._add_model(identity, spec.prefill_tokens_per_second)
 
     def unregister(self, name: str, fingerprint: Fingerprint | None) -> UnregisterReport:
         """As `Pool.unregister`."""
@@ -89,16 +104,16 @@ class Roster:
         ]
         if not leaving:
             raise InputError(f"model {name!r} has no revision with fingerprint {(fingerprint or b'').hex()}")
-        with engine.burying:
+        with self._changing, engine.burying:
             with engine.tenants.lock:
                 self._take_out(leaving)
                 for tree in trees_of(engine, lambda tree_id: tree_id.fingerprint in leaving):
                     engine.index.erase(tree, Loss.UNREGISTERED)
+            for gone in leaving:
+                engine.encodings.forget(gone)
+            self._registry.save()
+            self._set_quotas(self._config)
             buried = bury(engine, lambda tree: tree.id.fingerprint in leaving)
-        for gone in leaving:
-            engine.encodings.forget(gone)
-        self._set_quotas(self._config)
-        engine.index.close_account(name)
         return UnregisterReport(**buried._asdict())
 
     def _take_out(self, leaving: Sequence[Fingerprint]) -> None:
@@ -168,6 +183,8 @@ class Roster:
                 raise InputError(f"model {spec.identity.name!r} has codec {codec} for {tier}; choose it for ram or ssd")
         if not (spec.quotas or spec.codecs):
             return None
+        if any(codec is not Codec.NONE for codec in spec.codecs.values()):
+            check_available()
         known = self._registry.terms(spec.identity.fingerprint)
         return Terms(
             quotas=dict(spec.quotas) or known.quotas,
@@ -175,15 +192,27 @@ class Roster:
             prefill_tokens_per_second=known.prefill_tokens_per_second,
         )
 
+    def _check_that_codecs_stay(self, identity: ModelIdentity, terms: Terms) -> None:
+        """Blocks that are encoded by now could not be served by other codecs."""
+        codecs = self._registry.terms(identity.fingerprint).codecs
+        if dict(terms.codecs) != dict(codecs):
+            raise InputError(
+                f"model {identity.name!r} is in use with codecs {dict(codecs) or 'of the tiers'}: unregister it first, "
+                "or register it with others after the pool was opened anew"
+            )
+
     def _use_codecs(self, fingerprint: Fingerprint, codecs: Mapping[TierName, Codec]) -> None:
         self._engine.encodings.use(fingerprint, {LEVEL_OF[tier]: codec for tier, codec in codecs.items()})
 
-    def _set_quotas(
-        self, config: RuntimeConfig, registered: Mapping[str, Mapping[TierName, QuotaConfig]] | None = None
-    ) -> None:
-        """Put quotas into force. Raises `ConfigError` where guarantees do not fit: nothing is changed then."""
-        known = self._registry.quotas() if registered is None else registered
-        quotas = quotas_of(config, known)
+    def check(self, config: RuntimeConfig) -> None:
+        """Raise `ConfigError` where the guarantees of a configuration do not fit."""
+        self._checked_quotas(config, self._registry.quotas())
+
+    def _checked_quotas(
+        self, config: RuntimeConfig, registered: Mapping[str, Mapping[TierName, QuotaConfig]]
+    ) -> Quotas:
+        """All models' quotas. Raises `ConfigError` where guarantees do not fit."""
+        quotas = quotas_of(config, registered)
         ssd_bytes = config.ssd.capacity_bytes if config.ssd else 0
         check_guarantees(
             quotas,
@@ -204,7 +233,15 @@ class Roster:
                 extent_bytes=extent_bytes_of(config.gpu),
                 path="models[].quotas.gpu.guaranteed",
             )
+        return quotas
+
+    def _set_quotas(
+        self, config: RuntimeConfig, registered: Mapping[str, Mapping[TierName, QuotaConfig]] | None = None
+    ) -> None:
+        """Put quotas into force. Raises `ConfigError` where guarantees do not fit: nothing is changed then."""
+        quotas = self._checked_quotas(config, self._registry.quotas() if registered is None else registered)
         self._gpu_guaranteed = sum(by_level[GPU].guaranteed for by_level in quotas.values() if GPU in by_level)
+        ssd_bytes = config.ssd.capacity_bytes if config.ssd else 0
         self._engine.index.set_quotas(quotas, [self._gpu_guaranteed, config.ram.capacity_bytes, ssd_bytes])
         self.note_gpu_capacity()
 

@@ -233,13 +233,12 @@ class Ledger:
 
     def over_limit(self, level: int) -> list[tuple[Account, int]]:
         """Who holds more than its limit, and by how many bytes."""
-        return [(account, -account.room(level)) for account in self.accounts.values() if account.room(level) < 0]
+        return [(account, -account.room(level)) for account in list(self.accounts.values()) if account.room(level) < 0]
 
-    def close(self, name: str) -> None:
-        """Close an account that holds nothing."""
-        account = self.accounts.get(name)
-        if account is not None and not any((*account.copies, *account.in_flight)):
-            del self.accounts[name]
+    def close(self, account: Account) -> None:
+        """Close an account if it holds nothing. Not to be called while a tree is charged to it."""
+        if not any((*account.copies, *account.in_flight, account.pinned)):
+            del self.accounts[account.name]
 
     def _apply(self, account: Account) -> None:
         by_level = self._quotas.get(account.name, {})

@@ -284,16 +284,25 @@ class PrefixIndex:
         with self.lock:
             self.ledger.discharge(account, level, nbytes)
 
+    def bytes_at(self, level: int, place: int) -> int | None:
+        """The length of the record at a place; None where all records of a tree are of one length."""
+        return self._bytes_of[level](place) if level in self._bytes_of else None
+
     def expect_encoded(self, tree: PrefixTree) -> None:
         """From now on copies of this tree may be encoded: to be called before the first such copy is entered."""
         if not tree.encoded:
             with self.lock:
                 tree.encoded = True
 
-    def close_account(self, model: str) -> None:
-        """Close a model's account, if it holds nothing any more."""
+    def close_accounts(self, is_known: Callable[[str], bool]) -> None:
+        """Close the accounts of models that are not known any more, once nothing is charged to them."""
         with self.lock:
-            self.ledger.close(model)
+            leaving = [account for account in self.ledger.accounts.values() if not is_known(account.name)]
+            if leaving:
+                used = {tree.account for tree in (*self.trees.values(), *self.buried_trees())}
+                for account in leaving:
+                    if account not in used:
+                        self.ledger.close(account)
 
     def adopt(self, tree: PrefixTree, model: str) -> None:
         """Charge a tree whose model was not known to that model's account. Holds the lock for the whole tree."""
@@ -567,6 +576,8 @@ class PrefixIndex:
         while node.start >= fits and node.parent is not None:
             node = node.parent
         self._hold(node, fits)
+        if node.tree.gone and not node.tree.erased:  # it was given up as empty between the two leases
+            self._entered(node.tree)
         return node, fits
 
     def _leasable_depth(self, node: Node, depth: int) -> int:
@@ -894,15 +905,25 @@ class PrefixIndex:
             return 0
         places = node.places[level]
         assert places is not None
-        record_bytes = self._record_bytes_of(node.tree, level)(places[last])
         excess = self.shared_bytes[level] - self.sharing.max_shared_bytes
         if self.sharing.protect and excess > 0 and self._is_protected(node):
             wanted_bytes = min(wanted_bytes, excess)
-        most = min(room, -(-wanted_bytes // record_bytes))
+        most = min(room, self._blocks_for(node, level, last, wanted_bytes, room))
         first = self._first_of_tail(node, last, level, most)
         before = len(gone)
         self._remove(node, first, last + 1, level, loss, gone)
         return sum(copy.record_bytes for copy in gone[before:])
+
+    def _blocks_for(self, node: Node, level: int, last: int, wanted_bytes: int, most: int) -> int:
+        """How many blocks of an edge, from `last` upwards, take so many bytes; about `most`, where they do not."""
+        if not node.tree.encoded:
+            return -(-wanted_bytes // node.tree.record_bytes)
+        bytes_of, blocks = self._record_bytes_of(node.tree, level), 0
+        while wanted_bytes > 0 and blocks < most and blocks <= last:
+            place = node.place(last - blocks, level)
+            wanted_bytes -= bytes_of(place) if place != NOWHERE else 0
+            blocks += 1
+        return max(1, blocks)
 
     @staticmethod
     def _first_of_tail(node: Node, last: int, level: int, most: int) -> int:

@@ -72,9 +72,10 @@ def evict_own(index: PrefixIndex, account: Account, wanted_bytes: int) -> list[G
     for node in sorted(nodes, key=lambda node: (node.last_use, -node.start)):
         with index.lock:
             if _child_on_ssd(node) is None:
-                most = min(BATCH_BLOCKS, -(-wanted_bytes // node.tree.record_bytes))
+                most = min(BATCH_BLOCKS - len(gone), -(-wanted_bytes // node.tree.record_bytes))
                 gone += _remove_from_end(index, node, lambda at, place: True, most=most, loss=Loss.OVER_QUOTA)
-        if gone:
+        freed = sum(copy.record_bytes for copy in gone)
+        if freed >= wanted_bytes or len(gone) >= BATCH_BLOCKS:
             break
     return gone
 
@@ -133,7 +134,7 @@ def remove_below(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
         first = inside[0] if leaf is node else 0
         held, leased = leaf.held_to(), leaf.leased_to() - leaf.start
         gone: list[Gone] = []
-        if held > max(leased, first) and not is_guaranteed(leaf):
+        if held > max(leased, first) and not _guards(leaf):
             last = max(leased, first, held - BATCH_BLOCKS)
             if leaf.tree.account.quotas[SSD].guaranteed:
                 last = held - 1  # one at a time, so that no more goes than is above the guarantee
@@ -144,6 +145,12 @@ def remove_below(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
 def _child_on_ssd(node: Node) -> Node | None:
     """A child with records on SSD: what is there has its parent there, so one look at each child tells."""
     return next((child for child in node.children.values() if child.places[SSD]), None)
+
+
+def _guards(node: Node) -> bool:
+    """Whether removing the edge's blocks would take from its model what is guaranteed to it, at any level."""
+    account = node.tree.account
+    return any(node.places[level] and 0 < account.bytes[level] <= account.quotas[level].guaranteed for level in LEVELS)
 
 
 def is_guaranteed(node: Node) -> bool:

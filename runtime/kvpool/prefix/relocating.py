@@ -6,6 +6,7 @@ moves only if nobody else has leased it by the end of that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from kvpool.prefix.index import Pin, PrefixIndex
@@ -20,10 +21,17 @@ class Held(NamedTuple):
     place: int
 
 
-def hold(index: PrefixIndex, level: int, place: int) -> Held | None:
-    """Lease the block that lies at `place`; None when no block does, or when it is leased already."""
+def hold(index: PrefixIndex, level: int, place: int, near: Node | None = None) -> Held | None:
+    """Lease the block that lies at `place`; None when no block does, or when it is leased already.
+
+    `near`: it lies there in this edge, or in what splits have made of it.
+    """
     with index.lock:
-        for node in index.residents[level].get(index.region_of[level](place), ()):
+        if near is None:
+            nodes: Iterable[Node] = index.residents[level].get(index.region_of[level](place), ())
+        else:
+            nodes = _upwards(near)
+        for node in nodes:
             at = _index_of(node, level, place)
             if at != NOWHERE:
                 if node.start + at < node.leased_to():
@@ -53,6 +61,13 @@ def settle(index: PrefixIndex, held: Held, place: int, *, charged: int = 0) -> b
 def release(index: PrefixIndex, held: Held) -> None:
     """End the lease; the block stays where it is."""
     index.unpin(held.pin)
+
+
+def _upwards(node: Node) -> Iterator[Node]:
+    at: Node | None = node
+    while at is not None:
+        yield at
+        at = at.parent
 
 
 def _index_of(node: Node, level: int, place: int) -> int:

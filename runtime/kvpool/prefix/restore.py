@@ -97,8 +97,11 @@ def restore(index: PrefixIndex, tree: PrefixTree, records: Iterable[Found]) -> R
             runs[key] = run = _Run(parent, record)
             chains.append(run)
     blocks = 0
+    lengths = {index.bytes_at(SSD, record.place) for run in chains for record in run.records}
+    encoded = bool(lengths - {None, tree.record_bytes})
     with index.lock:
         tree = index._entered(tree)
+        tree.encoded = tree.encoded or encoded
         if tree.erased:
             return Restored(0, orphans + [record.place for run in chains for record in run.records], duplicates)
         for run in chains:
