@@ -192,6 +192,20 @@ def test_no_more_goes_than_is_wanted_where_the_last_blocks_are_encoded_and_those
     world.check()
 
 
+def test_pressure_in_ram_takes_nothing_that_is_guaranteed_on_ssd() -> None:
+    """The last copy of a block goes only with what hangs on it, and here that is guaranteed."""
+    world = World({"one": {SSD: Quota(guaranteed=500)}})
+    world.store("one", prompt(1, 3), keep=True)
+    world.index.fill(world.pins[0], 2, SSD, world.places(1, RAW))
+    world.index.unpin(world.pins.pop())
+    world.store("two", prompt(2, 2))
+    assert len(world.index.evict(RAM, 10 * RAW)) == 3, "one's last block, which is on ssd too, and two's"
+    assert world.account("one").bytes == [0, 200, 100]
+    world.check()
+    assert len(world.index.evict(RAM, RAW, world.account("one"))) == 2, "its own needs may take it"
+    world.check()
+
+
 def scripts(verbs: list[str], *, least: int = 0) -> st.SearchStrategy[list[tuple[str, str, int, int]]]:
     """What is done, by which model, with which prompt, of how many blocks."""
     return st.lists(

@@ -451,6 +451,7 @@ class PrefixIndex:
         """
         with self.lock:
             gone: list[Gone] = []
+            spared: list[Node] = []
             freed = 0
             while freed < wanted_bytes and len(gone) < BATCH_BLOCKS:
                 node = self._take_victim(level, requester)
@@ -460,8 +461,13 @@ class PrefixIndex:
                 wanted = wanted_bytes - freed
                 if account is not requester and account.quotas[level].guaranteed:
                     wanted = min(wanted, account.excess(level))
+                if account is not requester and self._would_take_guaranteed(node, level):
+                    spared.append(node)
+                    continue
                 freed += self._evict_tail(node, level, wanted, Loss.EVICTED, gone)
                 account.candidates[level].offer(node)
+            for node in spared:
+                node.tree.account.candidates[level].offer(node)
             return gone
 
     def evict_own(self, account: Account, level: int, wanted_bytes: int) -> list[Gone]:
@@ -896,6 +902,20 @@ class PrefixIndex:
                     return node, level
         return None
 
+    def _would_take_guaranteed(self, node: Node, level: int) -> bool:
+        """Whether evicting the edge's tail would take along, at another level, what is guaranteed to its model."""
+        if not self.ledger.guards:
+            return False
+        last = node.tail(level)
+        if _has_other_copy(node, last, level) or not (node.children or node.held_to() > last + 1):
+            return False
+        leaf = _deepest(node)
+        return any(
+            leaf.places[other] and leaf.tree.account.excess(other) <= 0
+            for other in self.ledger.guarded_levels
+            if other != level
+        )
+
     def _evict_tail(self, node: Node, level: int, wanted_bytes: int, loss: Loss, gone: list[Gone]) -> int:
         """Evict blocks of one age from the end of one edge; return the bytes freed at `level`."""
         last = node.tail(level)
@@ -947,9 +967,7 @@ class PrefixIndex:
 
     def _remove_deepest(self, node: Node, index: int, most: int, gone: list[Gone]) -> None:
         """Remove up to `most` blocks that lie deepest below block `index`: without it nothing there can be reached."""
-        leaf = node
-        while leaf.children:
-            leaf = _last_child(leaf)
+        leaf = _deepest(node)
         first = leaf.held_to() - most
         self._remove_blocks(leaf, max(first, index + 1 if leaf is node else 0), Loss.ORPHANED, gone)
 
@@ -1188,6 +1206,13 @@ def _run_of_places(places: Sequence[int], first: int, until: int) -> list[int]:
 
 def _has_other_copy(node: Node, index: int, level: int) -> bool:
     return any(node.place(index, at) != NOWHERE for at in LEVELS if at != level)
+
+
+def _deepest(node: Node) -> Node:
+    """A leaf below the edge, or the edge itself."""
+    while node.children:
+        node = _last_child(node)
+    return node
 
 
 def _last_child(node: Node) -> Node:
