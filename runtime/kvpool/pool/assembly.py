@@ -16,7 +16,7 @@ from kvpool.pool.calibration import NO_CLIPPING, Calibrations
 from kvpool.pool.copies import Copies
 from kvpool.pool.costs import TierCosts
 from kvpool.pool.directory import PoolDirectory
-from kvpool.pool.encodings import Encodings
+from kvpool.pool.encodings import Encodings, Layouts
 from kvpool.pool.engine import Engine, Identities, LiveSettings, Tenants
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
@@ -89,16 +89,16 @@ def assemble(
     copies = Copies(ram, store, gpu_store)
     memory = Memory(ram, index, copies)
     reclaimer = Reclaimer(index, store, copies)
-    encodings = make_encodings(config, directory, identity_of)
-
-    def payload_bytes_of(fingerprint: Fingerprint) -> int | None:
-        identity = identity_of(fingerprint)
-        return None if identity is None else identity.layout.payload_bytes
 
     def layout_of(fingerprint: Fingerprint) -> KVLayout | None:
         identity = identity_of(fingerprint)
         return None if identity is None else identity.layout
 
+    def payload_bytes_of(fingerprint: Fingerprint) -> int | None:
+        layout = layout_of(fingerprint)
+        return None if layout is None else layout.payload_bytes
+
+    encodings = make_encodings(config, directory, layout_of)
     ram_encoder = RamEncoder(
         index,
         memory,
@@ -150,14 +150,9 @@ def assemble(
     return engine
 
 
-def make_encodings(config: RuntimeConfig, directory: PoolDirectory, identity_of: Identities) -> Encodings:
+def make_encodings(config: RuntimeConfig, directory: PoolDirectory, layout_of: Layouts) -> Encodings:
     """The codecs of the tiers."""
     compression = config.compression
-
-    def layout_of(fingerprint: Fingerprint) -> KVLayout | None:
-        identity = identity_of(fingerprint)
-        return None if identity is None else identity.layout
-
     calibrations = None
     if compression.outlier_percentile < NO_CLIPPING:
         calibrations = Calibrations(

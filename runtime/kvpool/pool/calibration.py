@@ -78,8 +78,9 @@ class Calibrations:
     def _opened(self, fingerprint: Fingerprint, layout: KVLayout) -> _Entry:
         known = self._load(fingerprint, layout)
         calibrator = Calibrator(layout, self._samples, self._percentile)
-        is_asked_for = known is not None and known.percentile == self._percentile
-        return _Entry(known, None if is_asked_for and known.blocks >= calibrator.samples else calibrator)  # type: ignore[union-attr]
+        if known is not None and known.percentile == self._percentile and known.blocks >= calibrator.samples:
+            return _Entry(known, None)
+        return _Entry(known, calibrator)
 
     def _load(self, fingerprint: Fingerprint, layout: KVLayout) -> ClipLimits | None:
         path = self._path(fingerprint)

@@ -15,7 +15,6 @@ from kvpool.pool.restoring import use_tier
 from kvpool.prefix.accounts import Account
 from kvpool.prefix.heads import edge_heads
 from kvpool.prefix.node import GPU, LEVELS, NOWHERE, SSD, Node
-from kvpool.prefix.reclaiming import evict_own
 from kvpool.resilience import BreakerState
 from kvpool.tiers.ssd.place import bytes_of
 
@@ -93,13 +92,7 @@ class Chores:
             for account, excess in index.ledger.over_limit(level):
                 while level == GPU and gpu is not None and excess > 0 and gpu.demoter.bring_down(excess, own=account):
                     excess = -account.room(level)
-                while excess > 0:
-                    gone = (
-                        evict_own(index, account, excess) if level == SSD else index.evict_own(account, level, excess)
-                    )
-                    if not gone:
-                        break
-                    self._engine.copies.release(gone)
+                while excess > 0 and self._engine.copies.evict_own(index, account, level, excess):
                     excess = -account.room(level)
 
     def shrink_ram(self) -> None:

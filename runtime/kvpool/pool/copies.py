@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from kvpool.pool.gpu_store import GpuStore
 from kvpool.pool.ssd_store import SsdStore
+from kvpool.prefix.accounts import Account
 from kvpool.prefix.index import Gone, PrefixIndex
 from kvpool.prefix.node import GPU, RAM, SSD
+from kvpool.prefix.reclaiming import evict_own
 from kvpool.tiers.ram import RamTier
 
 
@@ -28,6 +30,12 @@ class Copies:
             self._ssd.drop([copy.place for copy in gone if copy.level == SSD])
             if self._gpu is not None:
                 self._gpu.drop([copy.place for copy in gone if copy.level == GPU])
+
+    def evict_own(self, index: PrefixIndex, account: Account, level: int, wanted_bytes: int) -> bool:
+        """Take up to 32 of a model's own blocks out of a tier, and give them back; whether any went."""
+        gone = evict_own(index, account, level, wanted_bytes)
+        self.release(gone)
+        return bool(gone)
 
 
 def shrink_index(index: PrefixIndex, copies: Copies) -> bool:

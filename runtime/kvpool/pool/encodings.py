@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.record import CODEC_NONE, Buffer, Corruption, CorruptRecordError, Head, codec_in, sealed_as
 from kvpool.codecs import NUMBERS, PayloadCodec, UnknownCodecError, codec_for, codec_of
 from kvpool.pool.calibration import Calibrations
-from kvpool.prefix.node import GPU, LEVELS, RAM
+from kvpool.prefix.node import GPU, LEVELS
 from kvpool.tiers.extents import Bytes
 
 MAX_SCRATCH = 8
@@ -151,8 +151,3 @@ class Encodings:
     def _name(self, fingerprint: Fingerprint, level: int) -> Codec:
         override = self._overrides.get(fingerprint, {})
         return override.get(level, self._by_level.get(level, Codec.NONE))
-
-
-def encodes_in_ram(encodings: Encodings, fingerprints: Sequence[Fingerprint]) -> bool:
-    """Whether any of these models has a codec in ram."""
-    return any(encodings.codec(fingerprint, RAM) is not None for fingerprint in fingerprints)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from functools import partial
 
+from kvpool.pool.charging import charge
 from kvpool.pool.copies import Copies
 from kvpool.pool.gpu_demotion import Demoter
 from kvpool.pool.gpu_store import GpuOutError, GpuStore
-from kvpool.prefix.accounts import Account, Grant
+from kvpool.prefix.accounts import Account
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.node import GPU
 from kvpool.prefix.relocating import hold, release, settle
@@ -75,7 +77,8 @@ class GpuMemory:
     ) -> list[int]:
         if record_bytes > self._store.usable_bytes:
             return []
-        granted = self._charge(account, record_bytes, count, older_than)
+        give_up = partial(self._give_up, account, older_than)
+        granted, _ = charge(self._index, account, GPU, [record_bytes] * count, give_up=give_up)
         places: list[int] = []
         try:
             if granted:
@@ -88,19 +91,11 @@ class GpuMemory:
             self._index.discharge(account, GPU, (granted - len(places)) * record_bytes)
         return places
 
-    def _charge(self, account: Account, record_bytes: int, count: int, older_than: int | None) -> int:
-        """Charge as many as the account may have, once it has given up what it can of its own."""
-        granted, why = self._index.charge(account, GPU, [record_bytes] * count)
-        while granted < count and why is Grant.OVER_LIMIT:
-            wanted = (count - granted) * record_bytes
-            if not self._demoter.bring_down(wanted, own=account, older_than=older_than):
-                gone = self._index.evict_own(account, GPU, wanted) if older_than is None else []
-                if not gone:
-                    break
-                self._copies.release(gone)
-            more, why = self._index.charge(account, GPU, [record_bytes] * (count - granted))
-            granted += more
-        return granted
+    def _give_up(self, account: Account, older_than: int | None, nbytes: int) -> bool:
+        """Have the account give up some of its own; whether it did."""
+        if self._demoter.bring_down(nbytes, own=account, older_than=older_than):
+            return True
+        return older_than is None and self._copies.evict_own(self._index, account, GPU, nbytes)
 
     def _fill_up(self, places: list[int], owner: Hashable, record_bytes: int, count: int) -> bool:
         """Take slots that are free; whether there were any. Notes what a device that gives no more has given."""

@@ -7,10 +7,12 @@ A slot that was allocated here is charged to its model's account, and nobody els
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from kvpool.pool.charging import charge
 from kvpool.pool.copies import Copies
 from kvpool.prefix.accounts import Account, Grant
 from kvpool.prefix.index import PrefixIndex
@@ -47,7 +49,9 @@ class Memory:
 
     def allocate(self, account: Account, record_bytes: int, count: int) -> Room:
         """Up to `count` slots of this size; fewer, or none, where all that could make room is leased or not its own."""
-        granted, why = self._charge(account, record_bytes, count)
+        granted, why = charge(
+            self._index, account, RAM, [record_bytes] * count, give_up=partial(self._give_up, account)
+        )  # fmt: skip
         if not granted:
             return Room([], why)
         slots = self.ram.allocate_many(record_bytes, granted)
@@ -80,17 +84,8 @@ class Memory:
                 self._copies.release(self._index.evict(RAM, record_bytes * count))
         return all(self._move(slot) is Moved.GONE for slot in slots)
 
-    def _charge(self, account: Account, record_bytes: int, count: int) -> tuple[int, Grant]:
-        """Charge as many as the account may have, once it has given up what it can of its own."""
-        granted, why = self._index.charge(account, RAM, [record_bytes] * count)
-        while granted < count and why is Grant.OVER_LIMIT:
-            gone = self._index.evict_own(account, RAM, (count - granted) * record_bytes)
-            if not gone:
-                break
-            self._copies.release(gone)
-            more, why = self._index.charge(account, RAM, [record_bytes] * (count - granted))
-            granted += more
-        return granted, why
+    def _give_up(self, account: Account, nbytes: int) -> bool:
+        return self._copies.evict_own(self._index, account, RAM, nbytes)
 
     def _allocate_by_force(self, account: Account, record_bytes: int, count: int, slots: list[int]) -> list[int]:
         if record_bytes > self.ram.capacity_bytes:

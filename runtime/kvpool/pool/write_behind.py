@@ -10,8 +10,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from kvpool.blocks.identity import Fingerprint
+from kvpool.pool.charging import charge
 from kvpool.pool.copies import Copies
 from kvpool.pool.events import EventBus
 from kvpool.pool.gpu_store import GpuOutError
@@ -20,10 +22,9 @@ from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.sealing import Sealer
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix import saving
-from kvpool.prefix.accounts import Account, Grant
+from kvpool.prefix.accounts import Account
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import SSD, Node
-from kvpool.prefix.reclaiming import evict_own
 from kvpool.prefix.saving import Idle, Run
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import TierName
@@ -192,7 +193,8 @@ class WriteBehind:
         try:
             with self._sealer.sealed(run) as records:
                 sizes = [len(record) for record in records]
-                granted = self._charge(run.pin.tree.account, sizes)
+                account = run.pin.tree.account
+                granted, _ = charge(self._index, account, SSD, sizes, give_up=partial(self._give_up, account))
                 if granted:
                     written[:granted] = self._append(records[:granted])
         except GpuOutError:
@@ -206,17 +208,8 @@ class WriteBehind:
             return "over-quota"
         return "refused" if None in written else None
 
-    def _charge(self, account: Account, sizes: list[int]) -> int:
-        """How many of the records the model may have on SSD, once it has given up what it can of its own there."""
-        granted, why = self._index.charge(account, SSD, sizes)
-        while granted < len(sizes) and why is Grant.OVER_LIMIT:
-            gone = evict_own(self._index, account, sum(sizes[granted:]))
-            if not gone:
-                break
-            self._copies.release(gone)
-            more, why = self._index.charge(account, SSD, sizes[granted:])
-            granted += more
-        return granted
+    def _give_up(self, account: Account, nbytes: int) -> bool:
+        return self._copies.evict_own(self._index, account, SSD, nbytes)
 
     def _append(self, records: list[Bytes]) -> list[int | None]:
         """Write records, as far as there is room; one that finds none in the open segment has another one freed."""

@@ -364,12 +364,7 @@ class PrefixIndex:
 
     def path(self, pin: Pin) -> list[Node]:
         """The nodes of the pinned prefix, from the first on. Call with the lock held."""
-        nodes = []
-        node = self._settled(pin)
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
+        return _path_to(self._settled(pin))
 
     def shared_blocks(self, pin: Pin) -> int:
         """How many of the pinned blocks are a shared prefix."""

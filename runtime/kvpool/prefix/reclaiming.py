@@ -57,14 +57,15 @@ def vacate_leaves(index: PrefixIndex, node: Node, segment: int) -> list[Gone]:
         return _remove_from_end(index, node, lambda at, place: region_of(place) == segment)
 
 
-def evict_own(index: PrefixIndex, account: Account, wanted_bytes: int) -> list[Gone]:
-    """Remove up to 32 of a model's records, for it is at its limit: those used longest ago, the ends of chains first.
+def evict_own(index: PrefixIndex, account: Account, level: int, wanted_bytes: int) -> list[Gone]:
+    """Remove up to 32 of a model's copies, for it is at its limit at `level`: the policy's choice first.
 
-    Records of blocks that are in RAM too can go as well, when no others are left: the policy does not offer those, for
-    deeper blocks in RAM hang on them. Empty when nothing may go.
+    On SSD, records of blocks that are in RAM too can go as well, when no others are left: the policy does not offer
+    those, for deeper blocks in RAM hang on them. Then those used longest ago go, the ends of chains first. Empty when
+    nothing may go.
     """
-    gone = index.evict_own(account, SSD, wanted_bytes)
-    if gone:
+    gone = index.evict_own(account, level, wanted_bytes)
+    if gone or level != SSD:
         return gone
     with index.lock:
         regions = list(index.residents[SSD])
