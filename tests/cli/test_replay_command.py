@@ -28,9 +28,7 @@ def test_each_capacity_has_the_policy_the_exact_lru_and_the_bound(trace: Path) -
     assert ended.code == 0
     rows = ended.objects
     assert [(row["capacity_blocks"], row["policy"]) for row in rows] == [
-        (capacity, policy)
-        for capacity in (100, 1_000)
-        for policy in ("lru", "hit-density", "exact-lru", "offline-bound")
+        (capacity, policy) for capacity in (100, 1_000) for policy in ("lru", "adaptive", "exact-lru", "offline-bound")
     ]
     for ours, better, exact, bound in (rows[:4], rows[4:]):
         assert ours["hits"] == exact["hits"] <= better["hits"] <= bound["hits"]

@@ -800,7 +800,7 @@ def test_whatever_streams_store_and_load_a_block_is_read_when_it_was_written_and
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("eviction", ["lru", "hit-density"])
+@pytest.mark.parametrize("eviction", ["lru", "adaptive"])
 def test_whatever_happens_every_block_comes_back_right_and_nothing_is_lost_count_of(
     quick_path: Path, seed: int, eviction: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""A pool that evicts by hit-density: quotas, ssd and erasure hold as they do under LRU."""
+"""A pool that evicts by the adaptive policy: quotas, ssd and erasure hold as they do under LRU."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Eviction(StrEnum):
     """Which block goes first."""
 
     LRU = "lru"
-    HIT_DENSITY = "hit-density"
+    ADAPTIVE = "adaptive"
 
 
 class Compression(Model):

@@ -70,7 +70,7 @@ class RamTier(Model):
     index_bytes: Annotated[Quantity, Bytes("1Mi")] = Field(
         Quantity.parse("512Mi"),
         description="Host memory for the prefix index, beside the capacity, at most. "
-        "What hit-density remembers comes on top: up to about 32Mi per model.",
+        "What the adaptive policy remembers comes on top: up to about 32Mi per model.",
     )
 
 

@@ -1,214 +1,165 @@
-"""Which blocks are asked for again, and when: learned from one model's requests.
+"""How much a use should count beside how long ago it was: learned from one model's requests.
 
-A block's *trait* is a byte: how often it was asked for (1 to 5 and more; once, as a prompt's last, is of its own kind,
-since that is often where prompts part) and how deep it lies in its prompt (in powers of eight). For each trait it is
-counted after how long blocks with it were asked for again. What was evicted is remembered for a while, so that its
-return counts too, and finds its trait again: else the policy would learn only from what it had kept. Both fade, and
-both are bounded.
+LRU goes by the time of the last use alone. Where prompts are of several kinds, a block that was used more often
+deserves a later date: a *head start*, which grows with the uses (`HEAD_STARTS`) times one number, the *stretch*, in
+ticks of the clock. Stretch 0 is LRU; a long one comes to LFU. Which is best depends on the requests and on how much is
+held, so it is measured: a tier of n blocks under any stretch holds about those n that have the latest dates, whatever
+really is held (the stack property). From how many blocks of each number of uses were used last at which time follows,
+for each stretch, up from which date a block would be held; and each use of a block then tells which stretches would
+have hit. The best of late is taken; LRU is among them.
+
+What was evicted is remembered for a while, so that its return counts too, and finds its uses again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
-from math import isqrt
+from collections.abc import Sequence
 
-from kvpool.policy.lru_window import LruWindow
+import numpy as np
+import numpy.typing as npt
+
 from kvpool.policy.remembered import Remembered
 
 KEY_BYTES = 16
-MOST_USES = 5
-DEPTHS = 3
-"""Depths 0 to 6, 7 to 62, and beyond."""
-BINS = 40
-"""Two to an octave of age: see `bin_of`."""
-PRIOR_REQUESTS = 20
-"""What is known of a trait counts as much as what is known of all together once so many requests' blocks had it."""
-DOUBTFUL_REQUESTS = 100
-"""After so many requests half of the confidence is there."""
-DOUBTFUL_TURNOVERS = 1
-"""After LRU would have replaced all that is held so often, half of the confidence is there."""
-MOST_HAZARD = 0.95
-REFRESH_USES = 64
-"""At least so many uses lie between two looks at what was counted, and an eighth of all that are counted."""
-REFRESH_AT_LEAST_USES = 4_096
-"""No more than so many."""
-TRAITS_AT_ONCE = 3
-"""How many are looked at together; a divisor of how many there are."""
-HALF_LIFE_USES = 1 << 16
-"""After so many uses all counts are halved."""
-CLEARLY_LESS = 0.6
-"""What is worth that much less than LRU's choice goes in its place: with all the confidence that there can be."""
-PROVEN_GAIN = 0.003
-"""Share of the blocks asked for that was hit beyond LRU: from there on, what is worth less is worth less."""
-MOST_REGRET = 0.001
-"""Share of the blocks asked for that LRU would have hit in addition: beyond, its order is kept to for a while."""
-FREE_REGRET = 128
-"""In blocks, beside that share."""
-BARRED_REQUESTS = 256
-"""For so many, then twice as many the next time, and so on: what is learned meanwhile is worth another trial."""
-_PENDING = 64
-_WIDTH = 8
-"""Values of a byte for each depth; of which 1 to `_LAST` are in use."""
-_LAST = MOST_USES + 1
-"""Asked for once, as the last of its prompt."""
+MOST_USES = 16
+LAST = MOST_USES + 1
+"""The trait of a prompt's last block that was asked for once: prompts part there, so that it is worth less. Other
+traits are the number of uses."""
+_CLASS_OF = bytes([0, 0, 1, 2, *[3] * 2, *[4] * 2, *[5] * 4, *[6] * 4, 7, 8]).ljust(256, b"\0")
+"""For `bytes.translate`: traits to classes, of which each has one head start."""
+HEAD_STARTS = np.array([*np.sqrt(np.array([1, 2, 3, 4, 6, 8, 12, 16]) - 1), -1.0])
+"""By class, in stretches: the root of how often a block was used again; what was a prompt's last block has one less."""
+CLASSES = len(HEAD_STARTS)
+STRETCHES = np.array([0.0, *(2.0**power for power in range(2, 21))])
+"""In ticks of the clock, of which each match is one."""
+TIMES = 2_048
+"""So many spans of time are told apart, the first for all that was before."""
+SPANS_HELD = 64
+"""How finely what LRU would hold is divided, at least; then all spans together are 32 times as long."""
+NEAR = 16
+"""So many spans on either side of where it was the date is looked for first."""
+DIGESTED_BLOCKS = 96
+"""After so many blocks it is computed anew what each stretch would hold, or after ..."""
+DIGESTED_SHARE = 1 / 32
+"""... this share of what is held, whichever is more."""
+HALF_LIFE_BLOCKS = 2_048
+HALF_LIFE_TURNOVERS = 8
+"""After so many blocks asked for, or so many times what is held, all hits are halved."""
+LEAVE_LRU = (0.0005, 4.0)
+CHANGE = (0.0003, 4.0)
+"""What another stretch must have hit in addition, as a share of the blocks asked for and in blocks, to be taken. LRU is
+gone back to as soon as it would have hit more."""
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_Use = tuple[int, int, int, int, int]
+"""Class and time of the use before (0: none), class and time now, and how many blocks."""
 
 
-def bin_of(age: int) -> int:
-    """The bin of an age: bin b holds ages from 2^((b-1)/2) to below 2^(b/2); bin 0 what was used just now."""
-    return min((age * age).bit_length(), BINS - 1) if age > 0 else 0
-
-
-def _starts() -> Iterator[float]:
-    yield 0.0
-    for at in range(BINS):
-        yield 2.0 ** (at / 2)
-
-
-_START = tuple(_starts())
-BIN_END = tuple(isqrt((1 << at) - 1) + 1 for at in range(128))
-"""The first age after each bin, as many as there are before `bin_of` puts the oldest together."""
-_LENGTH = tuple(_START[at + 1] - _START[at] for at in range(BINS))
-
-
-def _fresh_traits() -> bytes:
-    depths = (8**depth - 1 for depth in range(1, DEPTHS))  # where the next of the depths begins
-    ends = [*depths, 8**DEPTHS]
-    traits, first = [], 0
-    for depth, end in enumerate(ends):
-        traits.append(bytes([depth * _WIDTH + 1]) * (end - first))
-        first = end
-    return b"".join(traits)
-
-
-_FRESH = _fresh_traits()
-_DEEPEST = _FRESH[-1:]
-_TRAITS = tuple(depth * _WIDTH + uses for depth in range(DEPTHS) for uses in range(1, _LAST + 1))
-
-
-def _stepped(trait: int) -> int:
-    depth, uses = divmod(trait, _WIDTH)
-    return min(depth * _WIDTH + (2 if uses == _LAST else min(uses + 1, MOST_USES)), 0xFF)
+def class_of(trait: int) -> int:
+    """The class of a trait."""
+    return _CLASS_OF[trait]
 
 
 class Demand:
     """What is known of one model's demand. Guarded by the index's lock; deterministic.
 
-    Times are those of a clock that advances with each use of the index.
+    Times are those of a clock that advances with each use of the index. `copies` are how many blocks each tier holds:
+    kept by the index, and looked at here, for what is best for one tier need not be for another.
     """
 
-    step = bytes(map(_stepped, range(256)))
+    step = bytes([*range(1, MOST_USES + 1), MOST_USES, 2]).ljust(256, bytes([MOST_USES]))
     """For `bytes.translate`: the traits of blocks after one more use."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: Sequence[int]) -> None:
         self.now = 0
-        self.clearly_less = 0.0
-        """What is worth less than this share of what LRU's choice is worth goes in its place."""
-        self.worth_version = 0
-        """Advances when `worth` was brought up to date."""
-        self._born = 0
-        """When the first request came; the clock is the index's, which may be older."""
+        self.stretches = [0.0 for _ in copies]
+        """For each tier, the one by which its blocks are ordered."""
+        self.head_starts: list[list[int]] = [[0] * CLASSES for _ in copies]
+        """For each tier and class, in ticks."""
+        self._copies = copies
+        self._held_at = list(copies)
+        """The same when the last request came: before room was made for what it stored."""
+        self._due = False
+        """Whether what has happened is to be digested."""
+        self._uses: list[_Use] = []
+        self._undigested = 0
+        self._digested = 0
+        """When it was digested last."""
+        self._asked = 0.0
+        self._hits: _Floats = np.zeros((len(copies), len(STRETCHES)))
+        """By tier and stretch, as an exact cache would have had them."""
+        self._held_from: _Floats = np.full((len(copies), len(STRETCHES)), -np.inf)
+        """The date from which on a block would be held."""
+        self._blocks: _Ints = np.zeros((CLASSES, TIMES), dtype=np.int64)
+        """How many blocks of each class were used last in each span. One can lack a few that another has too many:
+        leases that overlap date blocks again unseen."""
         self._since = 0
-        """Since when what is counted was counted."""
-        self._pending: list[tuple[bytes, int]] = []
-        self._returns = {trait: [0.0] * BINS for trait in _TRAITS}
-        """Blocks with this trait that were asked for again, by age."""
-        self._begun = dict.fromkeys(_TRAITS, 0.0)
-        """Blocks that have got this trait."""
-        self._requests = 1.0
-        self._blocks_asked = 0.0
-        self._gain = 0.0
-        """Blocks that were hit and would not have been under LRU, less those that only LRU would have hit."""
-        self._asks = 0
-        self._barred_until = 0
-        """Up to so many requests the order is LRU's, for that would have hit more."""
-        self._bar_requests = BARRED_REQUESTS
-        self._forgiven = 0.0
-        """What of `gain`, lost before the latest trial, is not held against that."""
-        self._lru = LruWindow()
+        """When the first span begins."""
+        self._span = 1
+        """Ticks."""
+        self._held = 0
         self._remembered = Remembered()
-        self.worths = {trait: _to_any_age([1 / (1 + _START[at]) for at in range(BINS)]) for trait in _TRAITS}
-        """Before anything is known the least recently used is worth least."""
-        self._next_worth: dict[int, list[float]] = {}
-        self._refreshed = 0
-        self._to_learn: list[int] = []
-        self._overall: list[float] = [0.0] * BINS
 
     @property
     def remembered(self) -> int:
         """How many evicted blocks are remembered; never more than `2 * MOST_REMEMBERED`."""
         return len(self._remembered)
 
-    @property
-    def gain(self) -> float:
-        """Share of the blocks asked for that was hit beyond what an LRU of the same size would have hit."""
-        return self._gain / self._blocks_asked if self._blocks_asked else 0.0
+    def would_hit(self, level: int) -> list[float]:
+        """By stretch, the share of the blocks asked for that a tier as large would have hit, of late; LRU's first."""
+        self._digest()
+        return [float(hits) for hits in self._hits[level] / max(self._asked, 1.0)]
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def used(self, traits: bytes, last_use: int) -> None:
         """Blocks with these traits, used at `last_use` before, are asked for now."""
-        blocks = len(traits)
-        if last_use:
-            self._pending.append((traits, self.now - last_use))
-        self._blocks_asked += blocks
-        self._gain += blocks - self._lru.use(blocks, last_use, self.now)
+        self._note(traits, last_use, self.now)
 
     def asked(self) -> None:
         """A request's known blocks have been told."""
-        if not self._born:
-            self._born = self._since = self.now
-        self._requests += 1
-        self._asks += 1
-        if len(self._pending) > _PENDING:
-            self._digest()
+        self._held_at = list(self._copies)
+        self._due = self._undigested >= max(DIGESTED_BLOCKS, self._held * DIGESTED_SHARE)
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
+        if self._due:
+            self._digest()
         self.now = now
         blocks = len(keys) // KEY_BYTES
-        traits = _FRESH[depth : depth + blocks]
-        if len(traits) < blocks:
-            traits += _DEEPEST * (blocks - len(traits))
-        returned = self._returned(keys) if self._remembered else b""
-        if returned:
-            traits = returned + traits[len(returned) :]
-        last = traits[-1]
-        if last % _WIDTH == 1:
-            last += _LAST - 1
-            traits = traits[:-1] + bytes((last,))
-        for trait in set(traits):
-            self._begun[trait] += traits.count(trait)
-        self._lru.enter(blocks, blocks - len(returned), now + 1)  # dated when the lease is lengthened over them
-        self._blocks_asked += blocks
-        return traits
+        dated = now + 1  # when the lease is lengthened over them
+        returned = self._returned(keys, dated) if self._remembered else b""
+        fresh = blocks - len(returned)
+        self._held += blocks
+        if fresh:
+            returned += bytes([1]) * (fresh - 1) + bytes([LAST])
+            self._note_new(_CLASS_OF[1], fresh - 1, dated)
+            self._note_new(_CLASS_OF[LAST], 1, dated)
+        return returned
 
     def extended(self, traits: bytes) -> bytes:
         """The last block with these traits, which might have been a prompt's last, was not."""
-        last = traits[-1]
-        if last % _WIDTH != _LAST:
+        if traits[-1] != LAST:
             return traits
-        fresh = last - _LAST + 1
-        self._begun[last] -= 1
-        self._begun[fresh] += 1
-        return traits[:-1] + bytes([fresh])
+        return traits[:-1] + bytes([1])
 
     def lost(self, keys: Sequence[bytes], trait: int, last_use: int) -> None:
         """Blocks of one trait, used at one time, leave for good."""
-        self._lru.leave(len(keys))
-        self._remembered.add(keys, trait, last_use, self._lru.held)
+        self._held = max(self._held - len(keys), 0)
+        self._remembered.add(keys, trait, last_use, self._held)
 
-    def erased(self, blocks: int, last_use: int) -> None:
+    def erased(self, blocks: int, trait: int, last_use: int) -> None:
         """Blocks used at one time leave because they must, and are not remembered."""
-        self._lru.leave(blocks)
-        self._lru.forget(blocks, last_use)
+        self._held = max(self._held - blocks, 0)
+        self._digest()
+        self._count(_CLASS_OF[trait], last_use, -blocks)
 
     def adopted(self, blocks: int) -> None:
         """So many blocks came from another account, of which nothing is known here; or went there, if negative."""
-        if blocks < 0:
-            self._lru.leave(-blocks)
-        else:
-            self._lru.enter(blocks, blocks, self.now)
+        self._held = max(self._held + blocks, 0)
+        if blocks > 0:
+            self._note_new(_CLASS_OF[1], blocks, self.now)
 
-    def _returned(self, keys: bytes) -> bytes:
+    def _returned(self, keys: bytes, dated: int) -> bytes:
         """The traits, one use on, of as many of the first blocks as are remembered.
 
         A block is forgotten no later than those above it, so that none after the first unknown one is remembered.
@@ -219,123 +170,116 @@ class Demand:
             if known is None:
                 break
             trait, last_use = known
-            self._returns[trait][bin_of(self.now - last_use)] += 1
-            self._gain -= self._lru.use(1, last_use, self.now + 1)
+            self._note(bytes([trait]), last_use, dated)
             traits.append(self.step[trait])
         return bytes(traits)
 
-    def _digest(self) -> None:
-        by_bin: dict[int, bytearray] = {}
-        for traits, age in self._pending:
-            by_bin.setdefault(bin_of(age), bytearray()).extend(traits)
-        for at, together in by_bin.items():
-            for trait in set(together):
-                blocks = together.count(trait)
-                self._returns[trait][at] += blocks
-                self._begun[self.step[trait]] += blocks
-        self._pending.clear()
+    def _note(self, traits: bytes, last_use: int, now: int) -> None:
+        blocks = len(traits)
+        self._undigested += blocks
+        step = self.step
+        if traits.count(traits[0]) == blocks:
+            trait = traits[0]
+            self._uses.append((_CLASS_OF[trait], last_use, _CLASS_OF[step[trait]], now, blocks))
+        else:
+            for trait in set(traits):
+                self._uses.append((_CLASS_OF[trait], last_use, _CLASS_OF[step[trait]], now, traits.count(trait)))
+
+    def _note_new(self, in_class: int, blocks: int, now: int) -> None:
+        self._undigested += blocks
+        self._uses.append((in_class, 0, in_class, now, blocks))
 
     # -- what follows from it ------------------------------------------------------------------------------------------
 
-    def worth(self, trait: int, last_use: int) -> float:
-        """Hits that a block promises for each unit of time for which it is kept, if that is ended when it is best."""
-        age = self.now - last_use
-        return self.worths[trait][(age * age).bit_length()]
+    def _digest(self) -> None:
+        """Count what each stretch would have hit, then what it would hold now, and choose: some 200 us."""
+        self._due = False
+        if not self._uses:
+            return
+        self._make_room(self._uses[-1][3])
+        before, last_use, after, now, blocks = np.array(self._uses, dtype=np.int64).T
+        levels = [level for level, copies in enumerate(self._held_at) if copies]
+        known = np.flatnonzero(last_use)
+        np.add.at(self._blocks, (after, self._at(now)), blocks)
+        np.subtract.at(self._blocks, (before[known], self._at(last_use[known])), blocks[known])
+        self._uses.clear()
+        held_from = self._held_from[levels]
+        self._look_what_is_held(levels)
+        self._asked += self._undigested
+        dates = last_use[:, None] + HEAD_STARTS[before][:, None] * STRETCHES
+        since = ((now - self._digested) / max(self.now - self._digested, 1))[:, None]
+        for level, then in zip(levels, held_from, strict=True):
+            # what was asked for meanwhile met what was held then, or now, or in between
+            moved = np.where(np.isfinite(then), self._held_from[level] - np.nan_to_num(then, neginf=0.0), 0.0)
+            self._hits[level] += np.where(last_use, blocks, 0) @ (dates > then + since * moved)
+        self._digested = self.now
+        self._undigested = 0
+        if self._asked > max(HALF_LIFE_BLOCKS, HALF_LIFE_TURNOVERS * self._held):
+            self._asked /= 2
+            self._hits /= 2
+        for level in levels:
+            self._choose(level, self._hits[level])
 
-    def refresh(self) -> None:
-        """Bring `worth` and `clearly_less` up to date, a few traits a call: some 100 us, so that nobody waits long."""
-        self.clearly_less = self._trust()
-        if self._to_learn:
-            for _ in range(TRAITS_AT_ONCE):
-                self._learn(self._to_learn.pop())
-            if not self._to_learn:
-                self.worths, self._next_worth = self._next_worth, {}
-                self.worth_version += 1
-        elif self.now - self._refreshed >= min(max(REFRESH_USES, (self.now - self._since) // 8), REFRESH_AT_LEAST_USES):
-            self._digest()
-            if self.now - self._since > HALF_LIFE_USES:
-                self._fade()
-            self._refreshed = self.now
-            self._overall = self._hazards(_summed(self._returns.values()), sum(self._begun.values()), None)
-            self._to_learn = list(_TRAITS)
+    def _choose(self, level: int, hits: _Floats) -> None:
+        current = int(np.flatnonzero(self.stretches[level] == STRETCHES)[0])
+        best = int(np.argmax(hits))
+        share, least = CHANGE if current else LEAVE_LRU
+        if hits[best] <= hits[current] + share * self._asked + least:
+            if not current or hits[0] <= hits[current]:
+                return
+            best = 0
+        self.stretches[level] = float(STRETCHES[best])
+        self.head_starts[level] = [round(head_start) for head_start in HEAD_STARTS * STRETCHES[best]]
 
-    def _trust(self) -> float:
-        """What `clearly_less` should be now."""
-        if self._asks < self._barred_until:
-            self._forgiven = -self._gain - FREE_REGRET / 2
-            return 0.0
-        if self._gain + self._forgiven < -FREE_REGRET - MOST_REGRET * self._blocks_asked:
-            self._barred_until = self._asks + self._bar_requests
-            self._bar_requests *= 2
-            return 0.0
-        most = 1.0 if self._gain > PROVEN_GAIN * self._blocks_asked else CLEARLY_LESS
-        return most * self._confidence()
+    def _look_what_is_held(self, levels: Sequence[int]) -> None:
+        """For each of these tiers and every stretch, find the date from which on it would hold its blocks."""
+        later = np.zeros((CLASSES, TIMES + 1), dtype=np.int64)
+        later[:, :TIMES] = self._blocks[:, ::-1].cumsum(axis=1)[:, ::-1]
+        shifts = np.rint(np.outer(STRETCHES, HEAD_STARTS) / self._span).astype(np.int64)
+        rows = np.arange(CLASSES) * (TIMES + 1)
 
-    def _confidence(self) -> float:
-        """From 0, while nothing was seen for longer than LRU would have held it, to 1."""
-        turnovers = max((self.now - self._born) / max(self._lru.age(self.now), 1) - 1, 0)
-        of_turnovers = turnovers / (turnovers + DOUBTFUL_TURNOVERS)
-        return of_turnovers * self._requests / (self._requests + DOUBTFUL_REQUESTS)
+        def held_from_span(at: _Ints) -> _Ints:
+            spans = at[..., None] - shifts
+            held: _Ints = later.reshape(-1)[np.minimum(np.maximum(spans, 0), TIMES) + rows].sum(axis=-1)
+            return held
 
-    def _fade(self) -> None:
-        self._since += (self.now - self._since) // 2
-        self._requests /= 2
-        self._blocks_asked /= 2
-        self._gain /= 2
-        self._forgiven /= 2
-        for trait in _TRAITS:
-            self._begun[trait] /= 2
-            self._returns[trait] = [blocks / 2 for blocks in self._returns[trait]]
+        copies = np.array([self._held_at[level] for level in levels])[:, None]
+        full = later[:, 0].sum() > copies
+        last = TIMES + shifts.max(axis=1)
+        before = np.nan_to_num(self._held_from[levels], neginf=0.0)
+        near = ((before - self._since) // self._span).astype(np.int64)
+        low, high = np.clip(near - NEAR, 0, last), np.clip(near + NEAR, 1, last)
+        low = np.where(held_from_span(low) >= copies, low, 0)
+        high = np.where(held_from_span(high) < copies, high, last)
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            enough = held_from_span(middle) >= copies
+            low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+        beyond = held_from_span(high)
+        in_span = np.maximum(held_from_span(low) - beyond, 1)
+        dates = self._since + self._span * (high - (copies - beyond) / in_span)
+        self._held_from[levels] = np.where(full, dates, -np.inf)
 
-    def _learn(self, trait: int) -> None:
-        uses = trait % _WIDTH
-        alike = [depth * _WIDTH + uses for depth in range(DEPTHS)]
-        begun = sum(self._begun[other] for other in alike)
-        prior = self._hazards(_summed(self._returns[other] for other in alike), begun, self._overall)
-        densities = best_density(self._hazards(self._returns[trait], self._begun[trait], prior))
-        self._next_worth[trait] = _to_any_age(densities)
+    def _at(self, times: _Ints) -> _Ints:
+        at: _Ints = np.clip((times - self._since) // self._span, 0, TIMES - 1)
+        return at
 
-    def _hazards(self, returns: Sequence[float], begun: float, prior: Sequence[float] | None) -> list[float]:
-        """For each bin: the share of the blocks that come to this age which are asked for within the bin.
+    def _count(self, in_class: int, time: int, blocks: int) -> None:
+        self._blocks[in_class, min(max((time - self._since) // self._span, 0), TIMES - 1)] += blocks
 
-        As Kaplan and Meier estimate it: those that began too late to have come to this age do not count. What few
-        blocks tell is mixed with `prior`.
-        """
-        weight = 0.0 if prior is None else PRIOR_REQUESTS * sum(self._begun.values()) / self._requests
-        elapsed = max(self.now - self._since, 1)
-        surviving, hazards = 1.0, []
-        for at in range(BINS):
-            came = max(begun * surviving * (1 - _START[at] / elapsed), 0.0)
-            here = returns[at]
-            expected = weight * prior[at] if prior is not None else 0.0
-            base = max(came + weight, here + expected, 1.0)
-            hazards.append(min((here + expected) / base, MOST_HAZARD))
-            surviving *= 1 - min(here / max(came, here, 1.0), MOST_HAZARD)
-        return hazards
-
-
-def best_density(hazards: Sequence[float]) -> list[float]:
-    """For each bin: the most hits for each unit of time, over all times until which a block of this age may be kept.
-
-    This is Gittins' index. From the last bin backwards, a stretch is joined to the next as long as that is denser.
-    """
-    stretches: list[tuple[float, float, float]] = []
-    densities = [0.0] * len(hazards)
-    for at in range(len(hazards) - 1, -1, -1):
-        hazard = hazards[at]
-        hits, time, surviving = hazard, (_LENGTH[at] or 1.0) * (1 - hazard / 2), 1 - hazard
-        while stretches and stretches[-1][0] * time >= hits * stretches[-1][1]:
-            more_hits, more_time, still = stretches.pop()
-            hits, time, surviving = hits + surviving * more_hits, time + surviving * more_time, surviving * still
-        stretches.append((hits, time, surviving))
-        densities[at] = hits / time
-    return densities
-
-
-def _to_any_age(densities: Sequence[float]) -> list[float]:
-    """By the length in bits of an age's square."""
-    return [*densities, *repeat(densities[-1], len(BIN_END) - len(densities))]
-
-
-def _summed(rows: Iterable[Sequence[float]]) -> list[float]:
-    return [sum(column) for column in zip(*rows, strict=True)]
+    def _make_room(self, now: int) -> None:
+        """Have `now` lie in one of the spans: by longer ones, or by letting the first go into one."""
+        blocks = self._blocks
+        while (now - self._since) // self._span >= TIMES:
+            oldest = self._held_from[:, 0].min()
+            of_lru = now - (oldest if np.isfinite(oldest) else 0)
+            if self._span * SPANS_HELD < of_lru:
+                blocks[:, : TIMES // 2] = blocks[:, ::2] + blocks[:, 1::2]
+                blocks[:, TIMES // 2 :] = 0
+                self._span *= 2
+            else:
+                gone = TIMES // 4
+                blocks[:, 0] = blocks[:, : gone + 1].sum(axis=1)
+                blocks[:, 1 : TIMES - gone] = blocks[:, gone + 1 :].copy()
+                blocks[:, TIMES - gone :] = 0
+                self._since += gone * self._span

@@ -55,14 +55,16 @@ class Account:
         "quotas",
     )
 
-    def __init__(self, name: str, candidates: list[Candidates], learner: Learner | None = None) -> None:
+    def __init__(
+        self, name: str, candidates: list[Candidates], copies: list[int], learner: Learner | None = None
+    ) -> None:
         self.name = name
         self.candidates = candidates
         self.learner = learner
         """What the policies of all levels know of this model's requests, if they learn."""
         self.quotas = [Quota() for _ in LEVELS]
         self.bytes = [0, 0, 0]
-        self.copies = [0, 0, 0]
+        self.copies = copies
         """How many blocks have a copy at each level."""
         self.in_flight = [0, 0, 0]
         self.pinned = 0
@@ -98,7 +100,7 @@ class Ledger:
         self,
         make_policy: Callable[..., EvictionPolicy],
         *,
-        make_learner: Callable[[], Learner] | None = None,
+        make_learner: Callable[[Sequence[int]], Learner] | None = None,
         protects: Callable[[int], bool],
         is_protected: Callable[[Node], bool],
         leased: Callable[[Account, int], int],
@@ -115,7 +117,7 @@ class Ledger:
         self._quotas: Quotas = {}
         self._guaranteed = [0, 0, 0]
         self._make_policy = make_policy
-        """Given the learner, where there is one."""
+        """Given the learner and the level, where something learns."""
         self._make_learner = make_learner
         self._protects = protects
         self._is_protected = is_protected
@@ -245,11 +247,12 @@ class Ledger:
         account.quotas = [by_level.get(level, Quota()) for level in LEVELS]
 
     def _opened(self, name: str) -> Account:
+        copies = [0 for _ in LEVELS]
         if self._make_learner is None:
-            return Account(name, [self._candidates(level, self._make_policy) for level in LEVELS])
-        learner = self._make_learner()
-        make_policy = partial(self._make_policy, learner)
-        return Account(name, [self._candidates(level, make_policy) for level in LEVELS], learner)
+            return Account(name, [self._candidates(level, self._make_policy) for level in LEVELS], copies)
+        learner = self._make_learner(copies)
+        candidates = [self._candidates(level, partial(self._make_policy, learner, level)) for level in LEVELS]
+        return Account(name, candidates, copies, learner)
 
     def _candidates(self, level: int, make_policy: Callable[[], EvictionPolicy]) -> Candidates:
         return Candidates(level, make_policy, protects=self._protects, is_protected=self._is_protected)

@@ -103,7 +103,7 @@ class PrefixIndex:
         *,
         limit_bytes: int,
         make_policy: Callable[..., EvictionPolicy],
-        make_learner: Callable[[], Learner] | None = None,
+        make_learner: Callable[[Sequence[int]], Learner] | None = None,
         sharing: SharingRules | None = None,
         history: History | None = None,
         region_of: Mapping[int, Callable[[int], int]] | None = None,

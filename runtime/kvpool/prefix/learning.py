@@ -40,8 +40,8 @@ class Learner(Protocol):
         """Blocks of one trait, used last at one time, have lost their last copy."""
         ...
 
-    def erased(self, blocks: int, last_use: int) -> None:
-        """Blocks used last at one time have lost their last copy, and nothing of them may be remembered."""
+    def erased(self, blocks: int, trait: int, last_use: int) -> None:
+        """Blocks of one trait, used last at one time, have lost their last copy, and must not be remembered."""
         ...
 
     def adopted(self, blocks: int) -> None:
@@ -89,7 +89,7 @@ def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Sequence[
         while first and lost[first - 1] >= from_:
             first -= 1
         if erased:
-            learner.erased(until - first, node.used_at(last))
+            learner.erased(until - first, node.traits[last], node.used_at(last))
         else:
             learner.lost(keys[first:until], node.traits[last], node.used_at(last))
         until = first
