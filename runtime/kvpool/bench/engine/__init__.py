@@ -3,7 +3,19 @@
 from collections.abc import Sequence
 
 from kvpool.bench.area import Benchmark
-from kvpool.bench.engine import generation, index, matching, pressure, process, ram, slots, ssd, startup, traces
+from kvpool.bench.engine import (
+    generation,
+    index,
+    matching,
+    policies,
+    pressure,
+    process,
+    ram,
+    slots,
+    ssd,
+    startup,
+    traces,
+)
 
 BENCHMARKS: Sequence[Benchmark] = (
     Benchmark("match", "find and lease a prompt among 10,000 others", matching.run),
@@ -18,6 +30,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark("startup", "open a pool that holds 100,000 blocks", startup.run),
     Benchmark("process", "memory beyond the capacities, CPU when idle", process.run),
     Benchmark("replay", "hit ratios of a trace, beside an exact LRU", traces.run_replay),
+    Benchmark("policy", "hit ratios of a trace through a pool, by eviction policy", policies.run),
     Benchmark("wear", "bytes written to the disk for each byte saved, on a trace", traces.run_wear),
     Benchmark("model", "SmolLM2: first token of a repeated prompt, cost where nothing repeats", generation.run),
 )

@@ -49,8 +49,12 @@ def pool_config(
 def open_model(config: RuntimeConfig, directory: Path, payload_bytes: int) -> "OpenModel":
     """A pool in this directory, and a model in it with blocks of this size."""
     pool = Pool.open(config, directory=directory)
-    identity = ModelIdentity(name="bench", weights="none", layout=layout_of(payload_bytes))
-    return OpenModel(pool, pool.register(ModelSpec(identity=identity)))
+    return OpenModel(pool, pool.register(spec_of(payload_bytes)))
+
+
+def spec_of(payload_bytes: int, name: str = "bench") -> ModelSpec:
+    """A model with blocks of this size."""
+    return ModelSpec(identity=ModelIdentity(name=name, weights="none", layout=layout_of(payload_bytes)))
 
 
 class OpenModel(NamedTuple):

@@ -24,7 +24,7 @@ WEAR_REQUESTS = 6_000
 
 def run_replay(conditions: Conditions) -> Iterator[Row]:
     """Rows of `replay`: hit ratios beside an exact LRU's, in percent of the blocks asked for."""
-    trace = _trace(conditions)
+    trace = trace_of(conditions)
     for capacity in CAPACITIES:
         blocks = conditions.scaled(capacity)
         ours, exact = play(trace, blocks, LRU), timed(exact_lru_hits, trace, blocks)
@@ -38,7 +38,7 @@ def run_replay(conditions: Conditions) -> Iterator[Row]:
 
 def run_wear(conditions: Conditions) -> Iterator[Row]:
     """Rows of `wear`: bytes written to the disk for each byte of blocks saved there, played through a pool."""
-    trace = _trace(conditions)[:WEAR_REQUESTS]
+    trace = trace_of(conditions)[:WEAR_REQUESTS]
     for second_hit, name in ((False, "everything-saved"), (True, "second-hit")):
         yield from _wear_rows(trace, name, conditions, second_hit=second_hit)
 
@@ -65,7 +65,7 @@ def _wear_rows(trace: Trace, name: str, conditions: Conditions, *, second_hit: b
     yield Row(f"wear.hit-ratio.{name}", "%", Figure(100 * stats.hit_ratio))
 
 
-def _trace(conditions: Conditions) -> Trace:
+def trace_of(conditions: Conditions) -> Trace:
     """The recorded trace that was given, or a made-up one."""
     if conditions.trace is not None:
         trace = read_traces([conditions.trace])
