@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from kvpool.policy import POLICIES, AdaptivePolicy, Demand
 from kvpool.policy import remembered as remembered_module
-from kvpool.policy.demand import HEAD_STARTS, KEY_BYTES, LAST, STRETCHES, class_of
+from kvpool.policy.demand import KEY_BYTES
+from kvpool.policy.hindsight import HEAD_STARTS, STRETCHES, Hindsight
+from kvpool.policy.traits import CLASS_OF, LAST, STEP
 from kvpool.prefix.candidates import EvictionPolicy
-from kvpool.prefix.node import RAM
+from kvpool.prefix.node import LEVELS, RAM
 
 FRESH = 1
 
@@ -56,7 +60,7 @@ def test_what_is_on_offer_is_taken_once_at_the_age_of_its_last_offer(
             if taken is not None:
                 assert expected.pop(taken[0]) == taken[1]
         assert len(policy) == len(expected)
-        assert policy.next_age() == min(expected.values(), default=None)
+        assert policy.next_date() == min(expected.values(), default=None)
         assert all(policy.offered_at(held) == expected.get(held) for held in range(10))
 
 
@@ -68,14 +72,14 @@ def test_the_one_used_longest_ago_goes_where_its_uses_do_not_give_it_a_later_dat
     offers: list[tuple[int, int]], stretch: int
 ) -> None:
     demand = demand_of(len(offers))
-    demand.head_starts[RAM] = [round(head_start * stretch) for head_start in HEAD_STARTS]
+    demand.hindsight.head_starts[RAM] = [round(head_start * stretch) for head_start in HEAD_STARTS]
     policy, dates = AdaptivePolicy(demand, RAM), list[int]()
     for candidate, (age, trait) in enumerate(offers):
         policy.offer(candidate, age, trait)
-        dates.append(age + demand.head_starts[RAM][class_of(trait)])
+        dates.append(policy.date(age, trait))
+        assert dates[-1] == age + demand.hindsight.head_starts[RAM][CLASS_OF[trait]]
     for _ in offers:
-        assert policy.goes_too(min(dates), FRESH)
-        assert not policy.goes_too(min(dates) + 1, FRESH)
+        assert policy.next_date() == min(dates)
         taken = policy.take()
         assert taken is not None
         at = taken[0]
@@ -122,23 +126,42 @@ def test_a_block_is_the_last_of_its_prompt_until_another_follows() -> None:
     stretch=st.integers(0, len(STRETCHES) - 1),
 )
 def test_what_a_stretch_would_hit_is_what_is_among_the_latest_dates(uses: list[int], held: int, stretch: int) -> None:
-    demand = demand_of(held)
+    hindsight = Hindsight(len(LEVELS))
     known, hits = dict[int, tuple[int, int]](), 0
 
     def date(block: int) -> float:
         time, trait = known[block]
-        return float(time + HEAD_STARTS[class_of(trait)] * STRETCHES[stretch])
+        return float(time + HEAD_STARTS[CLASS_OF[trait]] * STRETCHES[stretch])
 
     for now, block in enumerate(uses, 1):
-        demand.now = now
-        demand.asked()
-        if block in known:
-            time, trait = known[block]
+        time, trait = known.get(block, (0, LAST))
+        if time:
             hits += sum(date(other) >= date(block) for other in known) <= held
-            demand.used(bytes([trait]), time)
-            known[block] = (now, demand.step[trait])
-        else:
-            known[block] = (now + 1, demand.entered(key(block), 0, now)[0])
-        demand.would_hit(RAM)
+        hindsight.digest([(bytes([trait]), time, now)], now, [0, held, 0], len(known))
+        known[block] = (now, STEP[trait] if time else trait)
     ties = len(uses) - len({date(block) for block in known})
-    assert demand.would_hit(RAM)[stretch] * len(uses) == pytest.approx(hits, abs=1 + ties)
+    assert hindsight.would_hit(RAM)[stretch] * len(uses) == pytest.approx(hits, abs=1 + ties)
+
+
+def test_blocks_that_were_erased_are_held_by_no_stretch() -> None:
+    hindsight = Hindsight(len(LEVELS))
+    hindsight.digest(
+        [(bytes([FRESH]) * 10, 0, 1), (bytes([FRESH]), 0, 2), (bytes([FRESH]) * 10, 0, 3)], 3, [0, 12, 0], 21
+    )
+    hindsight.digest([(bytes([FRESH]) * 10, 3, 0)], 4, [0, 11, 0], 11)
+    hindsight.digest([(bytes([FRESH]) * 10, 1, 5)], 5, [0, 11, 0], 11)
+    assert hindsight.would_hit(RAM)[0] * 31 == pytest.approx(10), "LRU would hold what was used before what was erased"
+
+
+def test_only_what_was_due_is_digested_and_only_once() -> None:
+    demand, lock = demand_of(200), Lock()
+    demand.entered(bytes(KEY_BYTES) * 150, 0, 1)
+    demand.learn(lock)
+    assert demand.hindsight.asked == 0, "no request has ended"
+    demand.asked()
+    demand.entered(bytes(KEY_BYTES) * 7, 150, 1)
+    assert demand.due
+    for _ in range(2):
+        demand.learn(lock)
+        assert not demand.due
+        assert demand.hindsight.asked == 150

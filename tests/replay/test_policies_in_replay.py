@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from kvpool.policy import ADAPTIVE, LRU, Demand
-from kvpool.policy import demand as demand_module
+from kvpool.policy import hindsight as hindsight_module
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import RAM
 from kvpool.replay.index_replay import IndexReplay, play
@@ -53,7 +53,7 @@ def test_the_index_stays_sound_under_the_adaptive_policy_and_the_same_trace_give
 
 @pytest.mark.parametrize("capacity", [200, 1_000])
 def test_the_adaptive_policy_knows_what_lru_would_have_hit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demand_module, "HALF_LIFE_BLOCKS", 1 << 40)  # else it is of late only
+    monkeypatch.setattr(hindsight_module, "HALF_LIFE_BLOCKS", 1 << 40)  # else it is of late only
     trace = with_scans(synthetic_trace(REQUESTS, seed=4))
     replay = IndexReplay(capacity, ADAPTIVE)
     asked = sum(len(blocks) for blocks in trace)
@@ -62,7 +62,7 @@ def test_the_adaptive_policy_knows_what_lru_would_have_hit(capacity: int, monkey
     (account,) = replay.index.ledger.accounts.values()
     assert isinstance(account.learner, Demand)
     lru = play(trace, capacity, LRU).hits / asked
-    assert account.learner.would_hit(RAM)[0] == pytest.approx(lru, abs=0.01)
+    assert account.learner.hindsight.would_hit(RAM)[0] == pytest.approx(lru, abs=0.01)
 
 
 def test_where_prompts_are_of_unequal_fame_the_famous_are_kept() -> None:

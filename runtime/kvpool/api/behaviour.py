@@ -83,7 +83,7 @@ class Promotion(Model):
 class Policy(Model):
     """What goes, what is copied up, what is read ahead."""
 
-    eviction: Eviction = Field(Eviction.LRU, description="Which block goes first.")
+    eviction: Eviction = Field(Eviction.ADAPTIVE, description="Which block goes first.")
     promotion: Promotion = Field(Promotion(), description="What is copied to faster tiers.")
     read_ahead: Flag = Field(True, description="Whether the rest of a matched chain is read before it is asked for.")
 

@@ -272,7 +272,9 @@ def replay(
 
 @app.command()
 def bench(
-    area: Annotated[str, typer.Argument(metavar="AREA", help="What to measure: engine, quality, sharing.")] = "engine",
+    area: Annotated[
+        str, typer.Argument(metavar="AREA", help="What to measure: codecs, engine, gpu, quality, sharing.")
+    ] = "engine",
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A benchmark, or a row of one. May be given several times.")
     ] = None,

@@ -140,7 +140,7 @@ class SharingConfig(Model):
 class PolicyConfig(Model):
     """What goes, what is copied up, what is read ahead."""
 
-    eviction: Annotated[Eviction, Origin("policy.eviction")] = Eviction.LRU
+    eviction: Annotated[Eviction, Origin("policy.eviction")] = Eviction.ADAPTIVE
     promote_to_dragonfly: Annotated[Flag, Origin("policy.promotion.dragonfly", live=True)] = True
     gpu_after_hits: Annotated[_Count, Origin("policy.promotion.gpuAfterHits", live=True)] = 2
     read_ahead: Annotated[Flag, Origin("policy.readAhead", live=True)] = True

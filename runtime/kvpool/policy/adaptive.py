@@ -3,21 +3,22 @@
 from collections.abc import Sequence
 from operator import add
 
-from kvpool.policy.demand import CLASSES, Demand, class_of
+from kvpool.policy.demand import Demand
 from kvpool.policy.lru import LruPolicy
+from kvpool.policy.traits import CLASS_OF, CLASSES
 from kvpool.prefix.candidates import Candidate
 
 _NEVER = 1 << 62
 
 
 class AdaptivePolicy:
-    """The candidate with the earliest date: that of its last use and the head start of its uses; see `Demand`.
+    """The candidate with the earliest date: that of its last use and the head start of its uses; see `Hindsight`.
 
     One LRU for each class of uses, of which the oldest are compared: so another head start costs nothing.
     """
 
     def __init__(self, demand: Demand, level: int) -> None:
-        self._demand = demand
+        self._learned = demand.hindsight
         self._level = level
         self._queues = [LruPolicy() for _ in range(CLASSES)]
         self._class_of: dict[Candidate, int] = {}
@@ -30,7 +31,7 @@ class AdaptivePolicy:
     def offer(self, candidate: Candidate, last_use: int, trait: int) -> None:
         """Add a candidate, or give it another age and trait."""
         self.withdraw(candidate)
-        at = self._class_of[candidate] = class_of(trait)
+        at = self._class_of[candidate] = CLASS_OF[trait]
         self._queues[at].offer(candidate, last_use)
         if last_use < self._ages[at]:
             self._ages[at] = last_use
@@ -57,14 +58,13 @@ class AdaptivePolicy:
         self._look_at(at)
         return taken
 
-    def goes_too(self, last_use: int, trait: int) -> bool:
-        """Whether a candidate like this would be taken next."""
-        return last_use + self._demand.head_starts[self._level][class_of(trait)] <= min(self._dates())
+    def date(self, last_use: int, trait: int) -> int:
+        """The time of the last use, and the head start of the uses."""
+        return last_use + self._learned.head_starts[self._level][CLASS_OF[trait]]
 
-    def next_age(self) -> int | None:
-        """The age of the oldest candidate, whether or not that goes next: so models are compared by what they keep."""
-        age = min(self._ages)
-        return None if age == _NEVER else age
+    def next_date(self) -> int | None:
+        """The earliest date. So what a model uses often is worth as much beside another's as beside its own."""
+        return min(self._dates()) if self._class_of else None
 
     def offered_at(self, candidate: Candidate) -> int | None:
         """The age at which the candidate is on offer; None when it is not."""
@@ -72,8 +72,8 @@ class AdaptivePolicy:
         return None if at is None else self._queues[at].offered_at(candidate)
 
     def _dates(self) -> Sequence[int]:
-        return list(map(add, self._ages, self._demand.head_starts[self._level]))
+        return list(map(add, self._ages, self._learned.head_starts[self._level]))
 
     def _look_at(self, at: int) -> None:
-        age = self._queues[at].next_age()
+        age = self._queues[at].next_date()
         self._ages[at] = _NEVER if age is None else age

@@ -49,13 +49,12 @@ class LruPolicy:
                 return entry[2], entry[0]
         return None
 
-    def goes_too(self, last_use: int, trait: int) -> bool:
-        """Whether a candidate like this would be taken next."""
-        oldest = self.next_age()
-        return oldest is None or last_use <= oldest
+    def date(self, last_use: int, trait: int) -> int:
+        """The time of the last use."""
+        return last_use
 
-    def next_age(self) -> int | None:
-        """The age of the candidate that `take` would return."""
+    def next_date(self) -> int | None:
+        """The time at which the candidate that `take` would return was used last."""
         while heap := self._first_heap():
             if self._offers.get(heap[0][2]) is heap[0]:
                 return heap[0][0]

@@ -37,7 +37,7 @@ class Chores:
 
     def in_memory(self) -> list[Callable[[], None]]:
         """Those that never wait for a disk, in the order in which they run."""
-        return [self.bury, self.check_ssd, self.keep_quotas, self.shrink_ram, self.shrink_index]
+        return [self.bury, self.check_ssd, self.keep_quotas, self.shrink_ram, self.shrink_index, self.learn]
 
     def on_disk(self) -> list[Callable[[], None]]:
         """Those that may be held up by one."""
@@ -50,6 +50,14 @@ class Chores:
             while gone := index.bury():
                 self._engine.copies.release(gone)
         index.close_accounts(self._engine.is_known_name)
+
+    def learn(self) -> None:
+        """For the models whose requests all hit: where something is stored, that is when it is learned."""
+        index = self._engine.index
+        with index.lock:
+            accounts = list(index.ledger.accounts.values())
+        for account in accounts:
+            index.learn(account)
 
     def reopen_ssd(self) -> None:
         """Open the ssd tier if it could not be opened before."""

@@ -225,7 +225,7 @@ class Ledger:
         """
         accounts = [account for account in self.accounts.values() if account.bytes[level]]
         if not self._guaranteed[level]:
-            return _oldest([account.candidates[level] for account in accounts], spare_protected=spare_protected)
+            return _earliest([account.candidates[level] for account in accounts], spare_protected=spare_protected)
         able = [account for account in accounts if account.excess(level) > 0 or account is requester]
         for account in sorted(able, key=lambda account: (account.excess(level) <= 0, -account.excess(level))):
             node = account.candidates[level].take(spare_protected=spare_protected)
@@ -258,30 +258,27 @@ class Ledger:
         return Candidates(level, make_policy, protects=self._protects, is_protected=self._is_protected)
 
 
-def _oldest(models: Sequence[Candidates], *, spare_protected: bool) -> Node | None:
-    """Take the node used longest ago of those that the models' policies would choose.
+def _earliest(models: Sequence[Candidates], *, spare_protected: bool) -> Node | None:
+    """Take the node with the earliest date of those that the models' policies would choose.
 
-    The ages that policies tell are never later than the true ones. So what turns out to be younger than another may be
-    is offered again, at its true age, and the other one looked at.
+    The dates that policies tell are never later than the true ones. So what turns out to have a later one than another
+    may have is offered again, as it is, and the other one looked at.
     """
     if len(models) == 1:
         return models[0].take(spare_protected=spare_protected)
     while True:
-        ages = [
-            (age, at)
+        dates = [
+            (date, at)
             for at, one in enumerate(models)
-            if (age := one.next_age(spare_protected=spare_protected)) is not None
+            if (date := one.next_date(spare_protected=spare_protected)) is not None
         ]
-        if not ages:
+        if not dates:
             return None
-        chosen = models[min(ages)[1]]
+        chosen = models[min(dates)[1]]
         node = chosen.take(spare_protected=spare_protected)
         if node is None:
             continue
-        age = node.used_at(len(node.places[chosen.level] or ()) - 1)
-        kept = chosen.next_age(spare_protected=spare_protected)
-        if kept is not None:
-            age = min(age, kept)  # a policy that goes by more than age may have chosen a younger one
-        if all(age <= other for other, at in ages if models[at] is not chosen):
+        date = chosen.date(node)
+        if all(date <= other for other, at in dates if models[at] is not chosen):
             return node
         chosen.offer(node)

@@ -35,12 +35,12 @@ class EvictionPolicy(Protocol):
         """Return the one to go next and its `last_use` as offered, no longer on offer; None when there is none."""
         ...
 
-    def goes_too(self, last_use: int, trait: int) -> bool:
-        """Whether one like this would be taken next, were it on offer."""
+    def date(self, last_use: int, trait: int) -> int:
+        """That of one like this, at present. The earliest goes first, among the candidates of several policies too."""
         ...
 
-    def next_age(self) -> int | None:
-        """The `last_use`, about, of the one that `take` would return, to choose among several policies; or None."""
+    def next_date(self) -> int | None:
+        """The earliest date of those on offer, which that of the next `take` has; None when there is none."""
         ...
 
     def offered_at(self, candidate: Candidate) -> int | None:
@@ -98,10 +98,15 @@ class Candidates:
             self._unpark(node)
             self.offer(node)
 
-    def next_age(self, *, spare_protected: bool = False) -> int | None:
-        """When the node that `take` would return was used last, at the earliest; None when there is none."""
-        age = self.ordinary.next_age()
-        return self.protected.next_age() if age is None and not spare_protected else age
+    def next_date(self, *, spare_protected: bool = False) -> int | None:
+        """That of the node that `take` would return, at the earliest; None when there is none."""
+        date = self.ordinary.next_date()
+        return self.protected.next_date() if date is None and not spare_protected else date
+
+    def date(self, node: Node) -> int:
+        """That of the node's last block at this level."""
+        last = len(node.places[self.level] or ()) - 1
+        return self.ordinary.date(node.used_at(last), node.trait(last))
 
     def take(self, *, spare_protected: bool = False) -> Node | None:
         """Return the node whose last block at this level goes next, no longer on offer; None when none may go.
@@ -139,7 +144,10 @@ class Candidates:
         first = node.same_trait_from(last)
         if first:
             least, age = node.same_age_from(last), node.used_at(last)
-            while first > least and self.ordinary.goes_too(age, node.trait(first - 1)):
+            next_date = self.ordinary.next_date()
+            while first > least:
+                if next_date is not None and self.ordinary.date(age, node.trait(first - 1)) > next_date:
+                    break
                 first = node.same_trait_from(first - 1)
             first = max(first, least)
         return first

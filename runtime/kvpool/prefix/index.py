@@ -294,6 +294,12 @@ class PrefixIndex:
             with self.lock:
                 tree.encoded = True
 
+    def learn(self, account: Account) -> None:
+        """Have the model's learner work out what follows from its requests, if that is due. Not with the lock held."""
+        learner = account.learner
+        if learner is not None and learner.due:
+            learner.learn(self.lock)
+
     def close_accounts(self, is_known: Callable[[str], bool]) -> None:
         """Close the accounts of models that are not known any more, once nothing is charged to them."""
         with self.lock:

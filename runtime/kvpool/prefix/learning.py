@@ -7,6 +7,7 @@ A learner is optional, and without one nothing here is called. It gives each blo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvpool.blocks.identity import KEY_BYTES
@@ -17,6 +18,8 @@ class Learner(Protocol):
     """Learns from one model's requests. Guarded by the index's lock. Times are the index's clock; 0 is never."""
 
     now: int
+    due: int
+    """Not 0: there is something to learn."""
     step: bytes
     """For `bytes.translate`: the traits of blocks after one more use."""
 
@@ -42,6 +45,10 @@ class Learner(Protocol):
 
     def erased(self, blocks: int, trait: int, last_use: int) -> None:
         """Blocks of one trait, used last at one time, have lost their last copy, and must not be remembered."""
+        ...
+
+    def learn(self, lock: AbstractContextManager[object]) -> None:
+        """Work out what follows. Called without the index's lock, which is taken to see what has happened."""
         ...
 
     def adopted(self, blocks: int) -> None:

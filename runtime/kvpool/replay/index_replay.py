@@ -41,6 +41,7 @@ class IndexReplay:
         while pin.depth < len(blocks) and self._store_some(pin, tokens, len(blocks)):
             pass
         self.index.unpin(pin)
+        self.index.learn(self._tree.account)
         return hits
 
     def _store_some(self, pin: Pin, tokens: bytes, total: int) -> bool:

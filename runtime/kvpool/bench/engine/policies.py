@@ -21,8 +21,8 @@ RECORD_BYTES = 8 * KIB
 RAM_BLOCKS = (2_000, 5_000, 20_000)
 SSD_BLOCKS = 10_000
 MODELS = 2
-HELD_LEASES = 16
-"""So many requests are in service at once, where leases are held."""
+HELD_LEASES = 64
+"""So many requests are in service at once, where leases are held: over half of what is stored."""
 
 
 def run(conditions: Conditions) -> Iterator[Row]:
@@ -33,7 +33,7 @@ def run(conditions: Conditions) -> Iterator[Row]:
     small, middle, _ = RAM_BLOCKS
     yield from _rows("ram-and-ssd", trace, conditions, ram_blocks=small, ssd_blocks=SSD_BLOCKS)
     yield from _rows("two-models", trace, conditions, ram_blocks=middle, models=MODELS)
-    yield from _rows("leases", trace, conditions, ram_blocks=middle, held_leases=HELD_LEASES)
+    yield from _rows("leases", trace, conditions, ram_blocks=small, held_leases=HELD_LEASES)
 
 
 def _rows(
@@ -69,13 +69,13 @@ def _evicting_by(config: RuntimeConfig, eviction: Eviction) -> RuntimeConfig:
 def _hit_percent(
     trace: Trace, config: RuntimeConfig, conditions: Conditions, models: int, held_leases: int
 ) -> Mapping[str, float]:
-    """Play a trace; a conversation, known by its first block, goes to one of the models."""
+    """Play a trace; a conversation, known by its second block (the first may be the same for all), has one model."""
     memory, sink = EngineMemory(PAYLOAD_BYTES, 64), InPlace()
     with conditions.place("pool") as place, Pool.open(config, directory=place) as pool:
         served = [pool.register(spec_of(PAYLOAD_BYTES, f"bench-{at}")) for at in range(models)]
         held: deque[Lease] = deque()
         for blocks in trace:
-            model = served[blocks[0] % models]
+            model = served[blocks[min(1, len(blocks) - 1)] % models]
             tokens = np.repeat(np.asarray(blocks, np.int32), BLOCK_TOKENS).tobytes()
             held.append(model.match(tokens))
             held[-1].load(sink)
