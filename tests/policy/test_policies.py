@@ -158,7 +158,7 @@ def test_only_what_was_due_is_digested_and_only_once() -> None:
     demand.entered(bytes(KEY_BYTES) * 150, 0, 1)
     demand.learn(lock)
     assert demand.hindsight.asked == 0, "no request has ended"
-    demand.asked()
+    demand.asked([], 0, 2)
     demand.entered(bytes(KEY_BYTES) * 7, 150, 1)
     assert demand.due
     for _ in range(2):

@@ -34,8 +34,7 @@ class Demand:
     def __init__(self, copies: Sequence[int]) -> None:
         self.now = 0
         self.due = 0
-        """So many of the events are to be digested: those up to the last request, before room was made for what it
-        stored."""
+        """So many of the events are to be digested: those before room was made for what a request stored."""
         self._copies = copies
         self._then = (0, list(copies), 0, 0)
         """The clock, the copies, the blocks held and those not digested, when the last of these events had happened."""
@@ -59,16 +58,14 @@ class Demand:
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
-    def used(self, traits: bytes, last_use: int) -> None:
-        """Blocks with these traits, used at `last_use` before, are asked for now."""
-        self._undigested += len(traits)
-        self._events.append((traits, last_use, self.now))
-
-    def asked(self) -> None:
-        """A request's known blocks have been told."""
-        if self._undigested >= self._digested_at:
+    def asked(self, uses: Sequence[Event], blocks: int, now: int) -> None:
+        """A request asks for so many known blocks."""
+        self.now = now
+        self._events += uses
+        self._undigested += blocks
+        if self._undigested >= self._digested_at and not self.due:
             self.due = len(self._events)
-            self._then = (self.now, list(self._copies), self._held, self._undigested)
+            self._then = (now, list(self._copies), self._held, self._undigested)
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from kvpool.blocks.identity import KEY_BYTES
 from kvpool.prefix.node import Node
+
+Use: TypeAlias = tuple[bytes, int, int]
+"""Traits of blocks that were used last at one time; that time; and when they are used now."""
 
 
 class Learner(Protocol):
     """Learns from one model's requests. Guarded by the index's lock. Times are the index's clock; 0 is never."""
 
-    now: int
     due: int
     """Not 0: there is something to learn."""
     step: bytes
     """For `bytes.translate`: the traits of blocks after one more use."""
 
-    def used(self, traits: bytes, last_use: int) -> None:
-        """Blocks with these traits, used last at `last_use`, are asked for."""
-        ...
-
-    def asked(self) -> None:
-        """All known blocks of one request have been told."""
+    def asked(self, uses: Sequence[Use], blocks: int, now: int) -> None:
+        """A request asks for so many known blocks; `uses` tells them, in any order."""
         ...
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
@@ -58,22 +56,23 @@ class Learner(Protocol):
 
 def note_request(learner: Learner, node: Node, depth: int, now: int) -> None:
     """A request has matched up to `depth` in `node`. To be called before these blocks are dated."""
-    learner.now = now
+    uses: list[Use] = []
     step = learner.step
     if depth < node.end:
         inside = depth - node.start
-        _tell_use(learner, node, inside)
+        _add_uses(uses, node, inside, now)
         node.traits = node.traits[:inside].translate(step) + node.traits[inside:]
         assert node.parent is not None
         node = node.parent
-    while node.parent is not None:
-        if node.heads is None:
-            learner.used(node.traits, node.last_use)
+    while (parent := node.parent) is not None:
+        traits, last_use, heads = node.traits, node.last_use, node.heads
+        if heads is None or heads[0][1] <= last_use:
+            uses.append((traits, last_use, now))
         else:
-            _tell_use(learner, node, node.blocks)
-        node.traits = node.traits.translate(step)
-        node = node.parent
-    learner.asked()
+            _add_uses(uses, node, node.blocks, now)
+        node.traits = traits.translate(step)
+        node = parent
+    learner.asked(uses, depth, now)
 
 
 def note_return(learner: Learner, node: Node, index: int, until: int, now: int) -> None:
@@ -102,9 +101,9 @@ def note_lost(learner: Learner, node: Node, lost: Sequence[int], keys: Sequence[
         until = first
 
 
-def _tell_use(learner: Learner, node: Node, until: int) -> None:
-    """Tell the first blocks of an edge as used, those that were used at one time together."""
+def _add_uses(uses: list[Use], node: Node, until: int, now: int) -> None:
+    """Add the first blocks of an edge, those that were used at one time together."""
     while until > 0:
         first = node.same_age_from(until - 1)
-        learner.used(node.traits[first:until], node.used_at(until - 1))
+        uses.append((node.traits[first:until], node.used_at(until - 1), now))
         until = first
