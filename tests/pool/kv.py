@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvpool.api import Eviction
 from kvpool.blocks.identity import ModelIdentity
 from kvpool.blocks.layout import Dtype, KVLayout
 from kvpool.blocks.record import Buffer
@@ -55,6 +56,7 @@ def config(
     index: int = 64 * MIB,
     sharing: Mapping[str, Any] | None = None,
     read_ahead: bool = True,
+    eviction: Eviction = Eviction.ADAPTIVE,
     **ssd_options: Any,
 ) -> RuntimeConfig:
     """A pool of two tiers; `ssd` None: of one.
@@ -71,7 +73,7 @@ def config(
             "ssd": ssd_section,
             "directory": directory,
             "sharing": sharing or {},
-            "policy": {"readAhead": read_ahead},
+            "policy": {"readAhead": read_ahead, "eviction": eviction},
         }
     )
 

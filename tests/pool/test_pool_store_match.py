@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvpool.api import Eviction
 from kvpool.blocks.identity import ModelIdentity
 from kvpool.blocks.layout import Dtype
 from kvpool.blocks.record import Buffer
@@ -421,7 +422,7 @@ def test_a_full_index_refuses_only_what_leases_leave_no_room_for(tmp_path: Path)
 
 def test_models_with_records_of_different_sizes_share_ram(tmp_path: Path) -> None:
     """Memory moves between the sizes, whatever comes first, and nothing that is kept is damaged by that."""
-    with open_pool(tmp_path, ram=16 * WIDE.record_bytes) as pool:
+    with open_pool(tmp_path, ram=16 * WIDE.record_bytes, eviction=Eviction.LRU) as pool:
         small, wide = pool.register(spec("small")), pool.register(spec("wide", layout=WIDE))
         for round_ in range(4):
             for seed in range(8):
