@@ -9,12 +9,27 @@ import pytest
 
 from kvpool.api import Eviction
 from kvpool.config import RuntimeConfig
-from kvpool.policy import POLICIES
+from kvpool.policy import POLICIES, Demand
+from kvpool.policy.demand import DIGESTED_BLOCKS
 from kvpool.pool.pool import Pool
 from kvpool.prefix.node import RAM
 from kvpool.tiers.tier import TierName
 
-from .kv import MIB, RECORD, check, config, empty_ram, flushed, load, matched, prompt, spec, store
+from .kv import (
+    MIB,
+    RECORD,
+    check,
+    config,
+    empty_ram,
+    eventually,
+    flushed,
+    load,
+    matched,
+    open_pool,
+    prompt,
+    spec,
+    store,
+)
 
 GUARANTEED, LIMIT = 8, 24
 
@@ -54,3 +69,22 @@ def test_quotas_ssd_and_erasure_hold_under_every_policy(tmp_path: Path, eviction
         assert load(models[0], asked, "acme") == 12
         check(pool, [])
         assert pool.stats().tiers[TierName.RAM].used_bytes <= 40 * RECORD
+
+
+def test_a_pool_learns_as_it_stores_and_one_that_only_hits_learns_beside(tmp_path: Path) -> None:
+    with open_pool(tmp_path, ram=64 * RECORD) as pool:
+        model = pool.register(spec())
+        store(model, prompt(12))
+        learner = pool._engine.index.ledger.accounts["m"].learner
+        assert isinstance(learner, Demand)
+
+        def ask() -> None:
+            for _ in range(1 + DIGESTED_BLOCKS // 12):
+                assert matched(model, prompt(12)) == 12
+
+        ask()
+        store(model, prompt(1, seed=1))
+        assert learner.hindsight.asked >= DIGESTED_BLOCKS, "the thread that stores has learned"
+        asked = learner.hindsight.asked
+        ask()
+        eventually(lambda: learner.hindsight.asked > asked, "the housekeeper has learned")
