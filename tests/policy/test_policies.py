@@ -10,7 +10,7 @@ from hypothesis import given
 
 from kvpool.policy import POLICIES, AdaptivePolicy, Demand
 from kvpool.policy import remembered as remembered_module
-from kvpool.policy.demand import KEY_BYTES
+from kvpool.policy.demand import KEY_BYTES, MOST_EVENTS
 from kvpool.policy.hindsight import HEAD_STARTS, STRETCHES, Hindsight
 from kvpool.policy.traits import CLASS_OF, LAST, STEP
 from kvpool.prefix.candidates import EvictionPolicy
@@ -151,6 +151,18 @@ def test_blocks_that_were_erased_are_held_by_no_stretch() -> None:
     hindsight.digest([(bytes([FRESH]) * 10, 3, 0)], 4, [0, 11, 0], 11)
     hindsight.digest([(bytes([FRESH]) * 10, 1, 5)], 5, [0, 11, 0], 11)
     assert hindsight.would_hit(RAM)[0] * 31 == pytest.approx(10), "LRU would hold what was used before what was erased"
+
+
+def test_events_that_nobody_digests_are_asked_for() -> None:
+    demand, lock, overdue = demand_of(200), Lock(), 0
+    demand.entered(bytes(KEY_BYTES) * 10, 0, 1)
+    for now in range(2, 5 * MOST_EVENTS):
+        overdue += demand.asked([(bytes([FRESH]) * 10, now - 1, now)], 10, now)
+    assert overdue == 4
+    while demand.due:
+        demand.learn(lock)
+        demand.asked([], 0, now)
+    assert not any(demand.asked([(bytes([FRESH]) * 10, now, now)], 10, now) for _ in range(MOST_EVENTS // 2))
 
 
 def test_only_what_was_due_is_digested_and_only_once() -> None:

@@ -10,7 +10,7 @@ import pytest
 from kvpool.api import Eviction
 from kvpool.config import RuntimeConfig
 from kvpool.policy import POLICIES, Demand
-from kvpool.policy.demand import DIGESTED_BLOCKS
+from kvpool.policy.demand import DIGESTED_BLOCKS, MOST_EVENTS
 from kvpool.pool.pool import Pool
 from kvpool.prefix.node import RAM
 from kvpool.tiers.tier import TierName
@@ -88,3 +88,6 @@ def test_a_pool_learns_as_it_stores_and_one_that_only_hits_learns_beside(tmp_pat
         asked = learner.hindsight.asked
         ask()
         eventually(lambda: learner.hindsight.asked > asked, "the housekeeper has learned")
+        for _ in range(3 * MOST_EVENTS):
+            matched(model, prompt(1))
+        eventually(lambda: learner.undigested < MOST_EVENTS, "what is kept of requests that nobody digested is bounded")

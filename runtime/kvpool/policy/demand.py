@@ -22,6 +22,10 @@ DIGESTED_SHARE = 1 / 32
 """... this share of what is held, whichever is more."""
 
 
+MOST_EVENTS = 4_096
+"""With so many events somebody is asked to digest them: they take memory."""
+
+
 class Demand:
     """What is known of one model's demand. Guarded by the index's lock, but for `learn`; deterministic.
 
@@ -39,6 +43,7 @@ class Demand:
         self._then = (0, list(copies), 0, 0)
         """The clock, the copies, the blocks held and those not digested, when the last of these events had happened."""
         self._events: list[Event] = []
+        self._overdue_at = MOST_EVENTS
         self._undigested = 0
         self._digested_at = DIGESTED_BLOCKS
         self._held = 0
@@ -52,20 +57,29 @@ class Demand:
         return len(self._remembered)
 
     @property
+    def undigested(self) -> int:
+        """How many events are kept until they are digested."""
+        return len(self._events)
+
+    @property
     def hindsight(self) -> Hindsight:
         """What was learned."""
         return self._hindsight
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
-    def asked(self, uses: Sequence[Event], blocks: int, now: int) -> None:
-        """A request asks for so many known blocks."""
+    def asked(self, uses: Sequence[Event], blocks: int, now: int) -> bool:
+        """A request asks for so many known blocks. True: it is time that somebody lets `learn` run."""
         self.now = now
         self._events += uses
         self._undigested += blocks
         if self._undigested >= self._digested_at and not self.due:
             self.due = len(self._events)
             self._then = (now, list(self._copies), self._held, self._undigested)
+        if len(self._events) < self._overdue_at:
+            return False
+        self._overdue_at += MOST_EVENTS
+        return True
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
         """Blocks that were nowhere are stored, the first at `depth`: return their traits."""
@@ -131,6 +145,7 @@ class Demand:
                 events, self._events = self._events[: self.due], self._events[self.due :]
                 (now, copies, held, digested), self.due = self._then, 0
                 self._undigested -= digested if events else 0
+                self._overdue_at = len(self._events) + MOST_EVENTS
                 self._digested_at = max(DIGESTED_BLOCKS, int(held * DIGESTED_SHARE))
             if events:
                 self._hindsight.digest(events, now, copies, held)

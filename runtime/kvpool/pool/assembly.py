@@ -147,6 +147,7 @@ def assemble(
         is_known_name=is_known_name,
         wake=wake,
     )
+    index.on_overdue = wake
     return engine
 
 

@@ -136,6 +136,8 @@ class PrefixIndex:
         self.on_removed: Callable[[int, Sequence[BlockKey]], None] | None = None
         """Told of copies that leave: level and keys, last block first. Called with the lock held, so that nobody can
         enter them again before it knows; it must not wait, nor call the index. None: that costs a slice per block."""
+        self.on_overdue: Callable[[], None] | None = None
+        """Told that it is high time for `learn`. Called with the lock held; it must not wait, nor call the index."""
         self.matches = 0
         """Requests: calls of `match` that count."""
         self.asked_blocks = 0
@@ -231,7 +233,9 @@ class PrefixIndex:
                     while node.start >= depth and node.parent is not None:
                         node = node.parent
                 if asked and (learner := tree.account.learner) is not None:
-                    note_request(learner, node, depth, self.uses + 1)
+                    overdue = note_request(learner, node, depth, self.uses + 1)
+                    if overdue and self.on_overdue is not None:
+                        self.on_overdue()
                 if self.ledger.guards:
                     node, depth = self._hold_guarded(node, depth)
                 else:

@@ -25,8 +25,8 @@ class Learner(Protocol):
     step: bytes
     """For `bytes.translate`: the traits of blocks after one more use."""
 
-    def asked(self, uses: Sequence[Use], blocks: int, now: int) -> None:
-        """A request asks for so many known blocks; `uses` tells them, in any order."""
+    def asked(self, uses: Sequence[Use], blocks: int, now: int) -> bool:
+        """A request asks for so many known blocks; `uses` tells them, in any order. True: `learn` is overdue."""
         ...
 
     def entered(self, keys: bytes, depth: int, now: int) -> bytes:
@@ -54,8 +54,11 @@ class Learner(Protocol):
         ...
 
 
-def note_request(learner: Learner, node: Node, depth: int, now: int) -> None:
-    """A request has matched up to `depth` in `node`. To be called before these blocks are dated."""
+def note_request(learner: Learner, node: Node, depth: int, now: int) -> bool:
+    """A request has matched up to `depth` in `node`. To be called before these blocks are dated.
+
+    True: `Learner.learn` is overdue.
+    """
     uses: list[Use] = []
     step = learner.step
     if depth < node.end:
@@ -72,7 +75,7 @@ def note_request(learner: Learner, node: Node, depth: int, now: int) -> None:
             _add_uses(uses, node, node.blocks, now)
         node.traits = traits.translate(step)
         node = parent
-    learner.asked(uses, depth, now)
+    return learner.asked(uses, depth, now)
 
 
 def note_return(learner: Learner, node: Node, index: int, until: int, now: int) -> None:
