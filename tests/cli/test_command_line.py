@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvpool import __version__
+from kvpool.bench.area import AREAS
 from kvpool.cli.exits import ExitCode, code_of
 from kvpool.errors import (
     ConfigError,
@@ -114,3 +115,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path) -> Non
     assert command.wait(timeout=60) == ExitCode.PIPE_CLOSED
     assert command.stderr.read() == ""
     command.stderr.close()
+
+
+def test_the_help_of_bench_names_every_area() -> None:
+    assert f"{', '.join(AREAS)}." in " ".join(kvpool("bench", "--help").out.split())

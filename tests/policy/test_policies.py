@@ -8,9 +8,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from kvpool.blocks.identity import KEY_BYTES
 from kvpool.policy import POLICIES, AdaptivePolicy, Demand
 from kvpool.policy import remembered as remembered_module
-from kvpool.policy.demand import KEY_BYTES, MOST_EVENTS
+from kvpool.policy.demand import MOST_EVENTS
 from kvpool.policy.hindsight import HEAD_STARTS, STRETCHES, Hindsight
 from kvpool.policy.traits import CLASS_OF, LAST, STEP
 from kvpool.prefix.candidates import EvictionPolicy

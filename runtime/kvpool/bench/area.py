@@ -21,7 +21,6 @@ AREAS: Mapping[str, str] = {
     "sharing": "kvpool.bench.sharing",
 }
 """Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""
-DEFAULT_AREA = "engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,17 +11,15 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from kvpool.blocks.identity import KEY_BYTES
 from kvpool.policy.hindsight import Event, Hindsight
 from kvpool.policy.remembered import Remembered
 from kvpool.policy.traits import LAST, STEP
 
-KEY_BYTES = 16
 DIGESTED_BLOCKS = 96
 """After so many blocks of requests these are digested, or after ..."""
 DIGESTED_SHARE = 1 / 32
 """... this share of what is held, whichever is more."""
-
-
 MOST_EVENTS = 4_096
 """With so many events somebody is asked to digest them: they take memory."""
 

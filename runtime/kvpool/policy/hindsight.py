@@ -41,11 +41,11 @@ that were erased. New ones have the traits that they are given, others those tha
 
 
 class Hindsight:
-    """Of one model. `stretches` are those that would have hit most of late; none is changed for next to nothing."""
+    """Of one model. Each tier has the stretch that would have hit most of late; none is changed for next to nothing."""
 
     def __init__(self, levels: int) -> None:
-        self.stretches = [0.0] * levels
-        """For each tier."""
+        self._stretches = [0] * levels
+        """For each tier, which of `STRETCHES`."""
         self.head_starts: list[list[int]] = [[0] * CLASSES for _ in range(levels)]
         """For each tier and class, in ticks. A tier's list is replaced as a whole."""
         self.asked = 0.0
@@ -97,15 +97,14 @@ class Hindsight:
             self._choose(level, self._hits[level])
 
     def _choose(self, level: int, hits: _Floats) -> None:
-        current = int(np.flatnonzero(self.stretches[level] == STRETCHES)[0])
-        best = int(np.argmax(hits))
+        current, better = self._stretches[level], int(np.argmax(hits))
         share, least = CHANGE if current else LEAVE_LRU
-        if hits[best] <= hits[current] + share * self.asked + least:
-            if not current or hits[0] <= hits[current]:
+        if hits[better] <= hits[current] + share * self.asked + least:
+            if hits[0] <= hits[current]:
                 return
-            best = 0
-        self.stretches[level] = float(STRETCHES[best])
-        self.head_starts[level] = [round(head_start) for head_start in HEAD_STARTS * STRETCHES[best]]
+            better = 0
+        self._stretches[level] = better
+        self.head_starts[level] = [round(head_start) for head_start in HEAD_STARTS * STRETCHES[better]]
 
     def _look_what_is_held(self, levels: Sequence[int], copies: Sequence[int]) -> None:
         """For each of these tiers and every stretch, find the date from which on it would hold its blocks."""

@@ -147,7 +147,6 @@ def assemble(
         is_known_name=is_known_name,
         wake=wake,
     )
-    index.on_overdue = wake
     return engine
 
 

@@ -146,7 +146,7 @@ class Model:
             finally:
                 engine.index.unpin(pin)
                 self._shrink_index()
-                engine.index.learn(pin.tree.account)
+            engine.index.learn(pin.tree.account)
         engine.traffic.count_store(stored, already, refused, self.layout.record_bytes)
         return StoreResult(stored, already, refused)
 

@@ -262,6 +262,7 @@ class Pool:
             _log.warning("%s", notice)
         self._memory_keeper.start(self._chores.in_memory())
         self._disk_keeper.start(self._chores.on_disk())
+        engine.index.on_overdue = self._memory_keeper.wake
         engine.ram_encoder.wake = self._encoder.wake
         self._encoder.start([engine.ram_encoder.run])
         if engine.gpu is not None:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvpool.api import Eviction
 from kvpool.bench.probes import touched
 from kvpool.blocks.identity import ModelIdentity
 from kvpool.blocks.layout import Dtype, KVLayout
 from kvpool.blocks.record import Buffer
-from kvpool.config import RamConfig, RuntimeConfig, SharingConfig, SsdConfig
+from kvpool.config import PolicyConfig, RamConfig, RuntimeConfig, SharingConfig, SsdConfig
 from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec
@@ -30,7 +31,12 @@ def layout_of(payload_bytes: int) -> KVLayout:
 
 
 def pool_config(
-    *, ram_bytes: int, ssd_bytes: int | None = None, second_hit: bool = False, index_bytes: int = 256 * MIB
+    *,
+    ram_bytes: int,
+    ssd_bytes: int | None = None,
+    second_hit: bool = False,
+    index_bytes: int = 256 * MIB,
+    eviction: Eviction = Eviction.ADAPTIVE,
 ) -> RuntimeConfig:
     """Without an ssd tier if `ssd_bytes` is None. Nothing is protected from the policy, no budget on writes."""
     ssd = (
@@ -43,6 +49,7 @@ def pool_config(
         ram=RamConfig(capacity_bytes=ram_bytes, index_bytes=index_bytes),
         ssd=ssd,
         sharing=SharingConfig(protect_shared=False),
+        policy=PolicyConfig(eviction=eviction),
     )
 
 

@@ -1,6 +1,7 @@
 """A trace of real requests, through the index and policy alone, and through a small pool down to its disk."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -8,6 +9,8 @@ from kvpool.bench.area import Conditions
 from kvpool.bench.engine.pools import BLOCK_TOKENS, KIB, EngineMemory, InPlace, open_model, pool_config
 from kvpool.bench.row import Figure, Row, at_least, at_most
 from kvpool.policy import LRU
+from kvpool.pool.lease import Lease
+from kvpool.pool.model import Model
 from kvpool.replay.index_replay import play
 from kvpool.replay.reference import exact_lru_hits, offline_bound_hits, timed
 from kvpool.replay.synthetic import synthetic_trace
@@ -49,20 +52,39 @@ def _wear_rows(trace: Trace, name: str, conditions: Conditions, *, second_hit: b
         ssd_bytes=conditions.scaled(SSD_BLOCKS, least=4_096) * RECORD_BYTES,
         second_hit=second_hit,
     )
-    memory, sink = EngineMemory(PAYLOAD_BYTES, 64), InPlace()
     with conditions.place(name) as place, (opened := open_model(config, place / "pool", PAYLOAD_BYTES)).pool as pool:
-        model = opened.model
-        for blocks in trace:
-            tokens = np.repeat(np.asarray(blocks, np.int32), BLOCK_TOKENS).tobytes()
-            with model.match(tokens) as lease:
-                lease.load(sink)
-                model.store(tokens, memory)
+        serve(trace, [opened.model], PAYLOAD_BYTES)
         pool.flush(60)
         stats = pool.stats()
     written = stats.write_behind
     yield Row(f"wear.write-amplification.{name}", "x", Figure(written.write_amplification), at_most(1.5))
     yield Row(f"wear.saved.{name}", "% of stored", Figure(100 * written.saved_blocks / max(stats.stored_blocks, 1)))
     yield Row(f"wear.hit-ratio.{name}", "%", Figure(100 * stats.hit_ratio))
+
+
+def serve(trace: Trace, models: Sequence[Model], payload_bytes: int, *, at_once: int = 1) -> None:
+    """Play a trace through models of one pool: a request loads what matches when it comes, and stores when it ends.
+
+    That is before the next one comes, or with so many `at_once`. A conversation, known by its second block (the first
+    may be the same for all), has one of the models.
+    """
+    memory, sink = EngineMemory(payload_bytes, 64), InPlace()
+    running: deque[tuple[Model, bytes, Lease]] = deque()
+
+    def end_first() -> None:
+        model, tokens, lease = running.popleft()
+        with lease:
+            model.store(tokens, memory)
+
+    for blocks in trace:
+        model = models[blocks[min(1, len(blocks) - 1)] % len(models)]
+        tokens = np.repeat(np.asarray(blocks, np.int32), BLOCK_TOKENS).tobytes()
+        running.append((model, tokens, model.match(tokens)))
+        running[-1][2].load(sink)
+        if len(running) == at_once:
+            end_first()
+    while running:
+        end_first()
 
 
 def trace_of(conditions: Conditions) -> Trace:
