@@ -6,12 +6,12 @@ from random import Random
 
 import pytest
 
-from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import POLICIES
 from kvpool.prefix.index import PrefixIndex, SharingRules
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import RAM
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 CAPACITY = 120
 

@@ -9,10 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest
+from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.pool.shared_file import SHARED_NAME, load_shared, packed, unpacked
 from kvpool.prefix.sharing import SharedMark
-from kvpool.prefix.tree import TreeId
 from kvpool.tiers.tier import TierName
 from tests.pool.kv import BLOCK_TOKENS, RECORD, check, fill_ram, matched, open_pool, prompt, spec, store
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import LruPolicy
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import RAM, SSD
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 RECORD_BYTES = 100
 

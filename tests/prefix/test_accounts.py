@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import LruPolicy
 from kvpool.prefix.accounts import UNLIMITED, Account, Grant, Quota
 from kvpool.prefix.history import Loss
@@ -16,7 +16,7 @@ from kvpool.prefix.index import Gone, Pin, PrefixIndex
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import LEVELS, NOWHERE, RAM, SSD
 from kvpool.prefix.relocating import hold, settle
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 from .small import tokens
 

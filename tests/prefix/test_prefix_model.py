@@ -11,14 +11,14 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import POLICIES
 from kvpool.prefix.history import Loss
 from kvpool.prefix.index import Gone, Pin, PrefixIndex, SharingRules
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import GPU, LEVELS, NOWHERE, RAM, SSD, Node
 from kvpool.prefix.restore import restore
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 SECRET = bytes(range(32))
 SEGMENT_PLACES = 40

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from kvpool.blocks.layout import KVLayout
 from kvpool.errors import InputError
@@ -62,6 +62,14 @@ class ModelIdentity:
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         digest = hashlib.blake2b(_utf8(text, "ModelIdentity"), digest_size=32, person=b"kvpool-model-1")
         return Fingerprint(digest.digest())
+
+
+class TreeId(NamedTuple):
+    """Whose blocks: all prompts of one model and one tenant, as of one epoch. Blocks are shared within a tree alone."""
+
+    fingerprint: Fingerprint
+    tenant: TenantDigest
+    epoch: int
 
 
 class KeyChain:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kvpool.blocks.identity import TreeId
 from kvpool.pool.engine import Engine
 from kvpool.prefix.index import LEVEL_NAMES
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 from kvpool.tiers.tier import TierName
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kvpool.blocks.identity import Fingerprint, KeyChain, ModelIdentity, TenantDigest, tenant_digest
+from kvpool.blocks.identity import Fingerprint, KeyChain, ModelIdentity, TenantDigest, TreeId, tenant_digest
 from kvpool.blocks.layout import KVLayout
 from kvpool.errors import InputError
 from kvpool.pool.copies import Copies
@@ -30,7 +30,7 @@ from kvpool.pool.traffic import Traffic
 from kvpool.pool.write_behind import WriteBehind
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.sharing import SharedMark
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
 

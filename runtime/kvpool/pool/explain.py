@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
-from kvpool.blocks.identity import BlockKey, ModelIdentity
+from kvpool.blocks.identity import BlockKey, ModelIdentity, TreeId
 from kvpool.pool.engine import Tenants
 from kvpool.pool.results import BlockReport, Verdict
 from kvpool.pool.ssd_store import SsdStore
@@ -11,7 +11,7 @@ from kvpool.prefix.history import Fate, Loss
 from kvpool.prefix.index import LEVEL_NAMES, PrefixIndex
 from kvpool.prefix.looking import levels_of
 from kvpool.prefix.node import SSD
-from kvpool.prefix.tree import Extras, TreeId
+from kvpool.prefix.tree import Extras
 from kvpool.tiers.tier import TierName
 
 _WHY = {

@@ -10,13 +10,13 @@ import logging
 import time
 from collections import Counter, defaultdict
 
+from kvpool.blocks.identity import TreeId
 from kvpool.blocks.record import CODEC_NONE
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.epochs import Epochs
 from kvpool.prefix.restore import restore
 from kvpool.prefix.sharing import mark_again
-from kvpool.prefix.tree import TreeId
 from kvpool.tiers.ssd.segment import RecoveredRecord
 from kvpool.tiers.ssd.tier import SsdTier
 from kvpool.tiers.tier import TierUnavailableError

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import xxhash
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest
+from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.pool.durable_file import replace_file
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.sharing import SharedMark, shared_marks
-from kvpool.prefix.tree import TreeId
 
 SHARED_NAME = "SHARED"
 FORMAT_VERSION = 1

@@ -19,13 +19,13 @@ from functools import partial
 from itertools import repeat
 from typing import Final, NamedTuple
 
-from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
 from kvpool.prefix.accounts import Account, Grant, Ledger, Quotas
 from kvpool.prefix.candidates import EvictionPolicy
 from kvpool.prefix.history import Fate, History, Loss
 from kvpool.prefix.learning import Learner, note_lost, note_request, note_return
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NOWHERE, SSD, Node
-from kvpool.prefix.tree import Extras, PrefixTree, Runs, TreeId, common_blocks, count_solid, stripped
+from kvpool.prefix.tree import Extras, PrefixTree, Runs, common_blocks, count_solid, stripped
 
 LEVEL_NAMES: Final = ("gpu", "ram", "ssd")
 BATCH_BLOCKS: Final = 32

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from heapq import nlargest
 from typing import NamedTuple
 
-from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex
 from kvpool.prefix.node import LEVELS, Node
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 
 class SharedPrefix(NamedTuple):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from kvpool.blocks.identity import KEY_BYTES, BlockKey, Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, KeyChain, TreeId
 from kvpool.prefix.history import Loss
 from kvpool.prefix.node import LEVELS, NO_CHILDREN, NO_COUNTS, NOWHERE, ChildKey, Node
 
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from kvpool.prefix.accounts import Account
 
 Extras = Mapping[int, bytes]
-
-
-class TreeId(NamedTuple):
-    """What a tree is for."""
-
-    fingerprint: Fingerprint
-    tenant: TenantDigest
-    epoch: int
 
 
 class PrefixTree:

@@ -7,11 +7,11 @@ are taken in the policy's order. Protection of shared prefixes is off, so that t
 import time
 from itertools import count, islice
 
-from kvpool.blocks.identity import SECRET_BYTES, Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import SECRET_BYTES, Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import LRU, PolicyChoice
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex, SharingRules
 from kvpool.prefix.node import RAM
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 from kvpool.replay.outcome import Outcome
 from kvpool.replay.trace import Blocks, Trace
 

@@ -1,13 +1,15 @@
 """The contract of every tier: what it stores are sealed records, and a miss is absence, never an exception.
 
 A local tier (gpu, ram, ssd) gives each record a *place*, an integer that only the tier understands; the prefix index
-remembers it. Nothing outside a tier knows how it stores.
+remembers it. A *keyed* tier (dragonfly, database) is shared between processes and asked by key: nobody remembers what
+it holds. Nothing outside a tier knows how it stores.
 """
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import Buffer
 
 
@@ -65,4 +67,86 @@ class LocalTier(Protocol):
 
     def close(self) -> None:
         """Give back files and memory. The tier is not used afterwards."""
+        ...
+
+
+class Found(NamedTuple):
+    """A record that a keyed tier holds, or held a moment ago."""
+
+    key: BlockKey
+    codec: int
+    """The number of its codec, as in the record's head."""
+    record_bytes: int
+
+
+class Sealed(NamedTuple):
+    """A record that is to be stored under its key."""
+
+    key: BlockKey
+    codec: int
+    record: Buffer
+    """The whole record, padding included."""
+
+
+class Moved(NamedTuple):
+    """What became of a batch of records, in order."""
+
+    done: list[bool]
+    """Per record: it arrived whole, or was taken."""
+    fault: str = ""
+    """Why the rest did not, where the tier as a whole failed on the way; what was `done` by then counts."""
+
+
+class KeyedTier(Protocol):
+    """Holds sealed records by key, and is shared with other processes. Batch calls, safe from any thread.
+
+    A call waits as long as it makes progress, and gives up after the tier's budget without any. When a call has
+    returned, or raised, its buffers are the caller's again: bytes that arrive late find nobody there. All calls raise
+    `TierUnavailableError` where the tier cannot be reached at all, cannot be logged in to, or has stalled; `get` and
+    `put` say so in `Moved.fault` instead once they have moved a record. Keys of one call are of one tree.
+    """
+
+    name: TierName
+
+    def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
+        """Which of these blocks are there, in one round trip: for each the first of `codecs` that it has.
+
+        `codecs` are numbers, at least one. What has the key but cannot be a record is not there.
+        """
+        ...
+
+    def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
+        """Copy each record into its buffer, which has `record_bytes`; not done where it is gone, or of another length.
+
+        The bytes are as they are there: the caller verifies them. The records read are used: what the tier keeps by
+        recency or for a time is kept as if written now.
+        """
+        ...
+
+    def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> Moved:
+        """Store records of consecutive blocks of one prompt, first to last; not done where they are refused.
+
+        What is there already is kept as if written now. `ancestors` are the keys of the blocks before them, from the
+        prompt's first on: they are kept at least as long as their descendants, if they are there.
+        """
+        ...
+
+    def touch(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
+        """Keep these consecutive blocks of one prompt as if written now, parents at least as long as children."""
+        ...
+
+    def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
+        """Remove records, if they are there."""
+        ...
+
+    def erase(self, tenant: TenantDigest, before_epoch: int) -> int:
+        """Remove all of a tenant's records of earlier epochs; how many those were. Takes time, and blocks nobody."""
+        ...
+
+    def forget_model(self, fingerprint: Fingerprint) -> int:
+        """Remove all records of a model; how many those were. Takes time, and blocks nobody."""
+        ...
+
+    def close(self) -> None:
+        """Give connections back. The tier is not used afterwards."""
         ...

@@ -3,11 +3,11 @@
 import random
 from itertools import count, islice
 
-from kvpool.blocks.identity import SECRET_BYTES, Fingerprint, KeyChain, TenantDigest
+from kvpool.blocks.identity import SECRET_BYTES, Fingerprint, KeyChain, TenantDigest, TreeId
 from kvpool.policy import LruPolicy
 from kvpool.prefix.index import BATCH_BLOCKS, PrefixIndex, SharingRules
 from kvpool.prefix.node import RAM
-from kvpool.prefix.tree import PrefixTree, TreeId
+from kvpool.prefix.tree import PrefixTree
 
 BLOCK_TOKENS = 64
 BLOCK_BYTES = 4 * BLOCK_TOKENS

@@ -1,0 +1,1 @@
+"""Tier 3: records in a server of the Redis protocol that all processes share."""
