@@ -1,37 +1,12 @@
-"""What keeps a tier that fails from holding anybody up: circuit breakers, and the names of what is out.
-
-Pure: clocks and randomness are parameters, and nothing here does I/O.
-"""
+"""Circuit breakers: what keeps a tier that fails from holding anybody up. Pure but for the clock it is given."""
 
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-
-
-class Degradation(StrEnum):
-    """A tier, or part of one, that is out."""
-
-    NO_GPU = "no-gpu"
-    NO_DRAGONFLY = "no-dragonfly"
-    NO_POSTGRES = "no-postgres"
-    NO_QDRANT = "no-qdrant"
-    NO_SSD = "no-ssd"
-
-
-NORMAL, MEMORY_ONLY = "normal", "memory-only"
-_ALL_BELOW_MEMORY = {Degradation.NO_DRAGONFLY, Degradation.NO_POSTGRES, Degradation.NO_SSD}
-
-
-def mode(degradations: Iterable[Degradation]) -> str:
-    """The mode that these degradations make: `normal`, `memory-only`, or their names in order, joined by `+`."""
-    names = set(degradations)
-    if names >= _ALL_BELOW_MEMORY:
-        return MEMORY_ONLY
-    return "+".join(sorted(names)) or NORMAL
 
 
 class BreakerState(StrEnum):
