@@ -34,7 +34,7 @@ MAX_EDGE_BYTES: Final = 256 << 10
 """An edge is not lengthened beyond so many bytes of token ids, for lengthening and splitting copy them."""
 TREE_BYTES: Final = 2048
 """What a tree takes before it has a block."""
-NODE_BYTES: Final = 368
+NODE_BYTES: Final = 376
 """What a node takes beside its blocks and copies: object, lists, entry in its parent (measured, as all of these)."""
 LEVEL_BYTES: Final = 340
 """What a node takes for having copies in a tier, beside their places: array, entries in the policy and `residents`."""
@@ -347,17 +347,24 @@ class PrefixIndex:
                 self._note_all_leases()
 
     def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
-        """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained."""
+        """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained.
+
+        No further than leases may go beside what is guaranteed to others.
+        """
         with self.lock:
             tree = pin.tree
             if tree.erased:
                 return 0
             node, depth = tree.find_with_extras(tokens, extras) if extras else tree.find(tokens)
-            gained = depth - pin.depth
-            if gained <= 0:
+            if depth <= pin.depth:
                 return 0
-            self._move(pin, node, depth)
-            pin.key = None
+            if self.ledger.guards:
+                node, depth = self._hold_guarded(node, depth)
+            else:
+                self._hold(node, depth)
+            self._let_go(self._settled(pin), pin.depth)
+            gained = depth - pin.depth
+            pin.node, pin.depth, pin.key = node, depth, None
             return gained
 
     def places(self, pin: Pin, level: int) -> list[int]:
@@ -374,7 +381,7 @@ class PrefixIndex:
 
     def path(self, pin: Pin) -> list[Node]:
         """The nodes of the pinned prefix, from the first on. Call with the lock held."""
-        return _path_to(self._settled(pin))
+        return path_to(self._settled(pin))
 
     def shared_blocks(self, pin: Pin) -> int:
         """How many of the pinned blocks are a shared prefix."""
@@ -595,7 +602,7 @@ class PrefixIndex:
         """How many of the blocks before `depth` may be leased beside what is leased now."""
         account = node.tree.account
         room = {level: self.ledger.headroom(account, level) for level in self.ledger.guarded_levels}
-        for part in _path_to(node):
+        for part in path_to(node):
             leased, until = max(0, part.leased_to() - part.start), min(part.end, depth) - part.start
             for at in range(leased, until):
                 for level in room:
@@ -1156,7 +1163,7 @@ class PrefixIndex:
         self.history.note_all(lost_keys, Fate(reason, LEVEL_NAMES[level], self._clock()))
 
 
-def _path_to(node: Node) -> list[Node]:
+def path_to(node: Node) -> list[Node]:
     """The nodes from the first below the root to this one."""
     nodes = []
     at: Node | None = node

@@ -59,6 +59,7 @@ class Node:
         "queued",
         "refs",
         "save_to",
+        "sent",
         "shared",
         "solid",
         "start",
@@ -111,6 +112,8 @@ class Node:
         """Whoever is writing some of its blocks to SSD right now; a split hands it on to the upper part."""
         self.save_to = 0
         """Blocks before this depth are wanted on SSD."""
+        self.sent = 0
+        """The round in which the whole edge was offered to the tiers that are shared; 0 for never: see `sending`."""
 
     @property
     def blocks(self) -> int:
@@ -121,6 +124,12 @@ class Node:
         """Where block `index` of this edge lies at `level`; -1 for nowhere."""
         places = self.places[level]
         return places[index] if places is not None and index < len(places) else NOWHERE
+
+    def run_at(self, level: int, first: int, most: int) -> list[int]:
+        """Where the blocks of this edge from index `first` on lie at `level`: up to the first that does not."""
+        places = self.places[level]
+        run = places[first : first + most].tolist() if places is not None and most > 0 else []
+        return run[: run.index(NOWHERE)] if NOWHERE in run else run
 
     def has_copy(self, index: int) -> bool:
         """Whether block `index` of this edge lies at any level."""

@@ -115,7 +115,7 @@ def begin(
         until = target.blocks if target is not node else node.save_to - node.start
         most = min(BATCH_BLOCKS, max(1, most_bytes // tree.record_bytes), until - first)
         level = RAM if target.place(first, RAM) != NOWHERE else GPU
-        places = _run_at(target, level, first, most)
+        places = target.run_at(level, first, most)
         if not places:
             _give_up(node)
             return Idle.DONE
@@ -171,12 +171,6 @@ def _saved(node: Node) -> int:
     if places is None:
         return 0
     return places.index(NOWHERE) if NOWHERE in places else len(places)
-
-
-def _run_at(node: Node, level: int, first: int, most: int) -> list[int]:
-    places = node.places[level]
-    run = places[first : first + most].tolist() if places is not None and most > 0 else []
-    return run[: run.index(NOWHERE)] if NOWHERE in run else run
 
 
 def _give_up(node: Node) -> int:

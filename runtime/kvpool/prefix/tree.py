@@ -102,6 +102,7 @@ class PrefixTree:
         leaf.keys += keys
         leaf.end += len(keys) // KEY_BYTES
         leaf.whole = False
+        leaf.sent = 0
 
     def cut(self, leaf: Node, kept: int) -> None:
         """Forget the blocks of a leaf's edge from `kept` on, which have no copies. At least one is kept."""
@@ -155,6 +156,7 @@ class PrefixTree:
         upper.below = [int(lower.holds(level)) for level in LEVELS]
         upper.shared, upper.busy = lower.shared, lower.busy
         upper.save_to = min(lower.save_to, upper.end)
+        upper.sent = lower.sent
         return upper
 
     def key_in_parent(self, node: Node) -> ChildKey:
