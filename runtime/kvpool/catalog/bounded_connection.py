@@ -10,7 +10,7 @@ import select
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -40,6 +40,9 @@ _SESSION = {
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 _READ_ONLY = b"default_transaction_read_only"
 _SYSTEM_CA = "system"
+_READABLE, _WRITABLE = int(Ready.R), int(Ready.W)
+_EVENTS = {Wait.R: select.POLLIN, Wait.W: select.POLLOUT, Wait.RW: select.POLLIN | select.POLLOUT}
+_READY = {int(ready): ready for ready in Ready}
 _ERROR = select.POLLERR | select.POLLHUP | select.POLLNVAL
 _INPUT = select.POLLIN | _ERROR
 _OUTPUT = select.POLLOUT | _ERROR
@@ -70,13 +73,14 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         self._poll.register(self._fd, self._events)
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether it can be used again: open, between statements, and the server has not said anything since."""
-        return (
-            self.pgconn.status == pq.ConnStatus.OK
-            and self.pgconn.transaction_status == pq.TransactionStatus.IDLE
-            and not self._look(select.POLLIN, 0.0)
-        )
+    def is_at_rest(self) -> bool:
+        """Whether it is open, and neither a statement nor a transaction is under way."""
+        return self.pgconn.transaction_status == pq.TransactionStatus.IDLE
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is at rest, and the server has said nothing meanwhile: that it goes away, as a rule."""
+        return self.is_at_rest and not self._look(select.POLLIN, 0.0)
 
     @property
     def is_read_only(self) -> bool:
@@ -94,22 +98,19 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         try:
             wanted = next(gen)
             while True:
-                wanted = gen.send(self._ready(wanted))
+                seen = self._look(_EVENTS[wanted], self.budget_s)
+                if not seen:
+                    self._stall()
+                ready = (_READABLE if seen & _INPUT else 0) | (_WRITABLE if seen & _OUTPUT else 0)
+                wanted = gen.send(_READY[ready & wanted])
         except StopIteration as end:
             answer: T = end.value
             return answer
 
-    def _ready(self, wanted: Wait) -> Ready:
-        events = (select.POLLIN if wanted & Wait.R else 0) | (select.POLLOUT if wanted & Wait.W else 0)
-        seen = self._look(events, self.budget_s)
-        if not seen:
-            self.stalled = True
-            self.pgconn.finish()
-            raise StalledError(f"no answer within {self.budget_s:g} s")
-        ready = (Ready.R if seen & _INPUT and wanted & Wait.R else 0) | (
-            Ready.W if seen & _OUTPUT and wanted & Wait.W else 0
-        )
-        return Ready(ready)
+    def _stall(self) -> NoReturn:
+        self.stalled = True
+        self.pgconn.finish()
+        raise StalledError(f"no answer within {self.budget_s:g} s")
 
     def _look(self, events: int, seconds: float) -> int:
         """What happened on the socket within this time; 0: nothing."""

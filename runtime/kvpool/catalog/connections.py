@@ -92,7 +92,7 @@ class Connections:
 
     def _take(self, budget_s: float) -> BoundedConnection:
         while (connection := self._next_idle(budget_s)) is not None:
-            if connection.is_quiet:
+            if connection.is_usable:
                 connection.budget_s = budget_s
                 return connection
             self._forget(connection)
@@ -123,7 +123,7 @@ class Connections:
                     raise _unavailable(self._last_stall)
 
     def _give_back(self, connection: BoundedConnection) -> None:
-        if connection.is_quiet:
+        if connection.is_at_rest:
             with self._changed:
                 if not self._closed:
                     self._idle.append(connection)
