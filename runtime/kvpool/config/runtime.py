@@ -197,12 +197,19 @@ class ModelConfig(Model):
 
 
 class RuntimeConfig(Model):
-    """Everything that a pool needs to know before it opens. `directory` None: `default_directory(name)`."""
+    """Everything that a pool needs to know before it opens.
+
+    `directory` None: `default_directory(name)`. `secret_file` holds the 32 bytes that pools which share blocks have in
+    common; None: the directory's own. `services` has a folder for each Secret by which a tier is reached (see
+    `kvpool.config.service`), named as the Secret is; None: `services` in the pool's directory.
+    """
 
     api_version: Literal["kvpool.dev/v1alpha1"] = API_VERSION
     kind: Literal["RuntimeConfig"] = "RuntimeConfig"
     name: Annotated[str, Field(min_length=1, max_length=30, pattern=LABEL)]
     directory: Path | None = None
+    secret_file: Path | None = None
+    services: Path | None = None
     block_tokens: Annotated[Integer, Field(ge=1, le=MAX_BLOCK_TOKENS), Origin("blockTokens")] = 64
     gpu: Annotated[GpuConfig | None, Origin("tiers.gpu")] = None
     ram: Annotated[RamConfig, Origin("tiers.ram")] = RamConfig()

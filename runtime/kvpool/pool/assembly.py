@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from kvpool.api import SharingScope
 from kvpool.api.codec import Codec
@@ -16,7 +17,7 @@ from kvpool.pool.calibration import NO_CLIPPING, Calibrations
 from kvpool.pool.copies import Copies
 from kvpool.pool.costs import TierCosts
 from kvpool.pool.directory import PoolDirectory
-from kvpool.pool.encodings import Encodings, Layouts
+from kvpool.pool.encodings import DATABASE, DRAGONFLY, Encodings, Layouts
 from kvpool.pool.engine import Engine, Identities, LiveSettings, Tenants
 from kvpool.pool.epochs import Epochs
 from kvpool.pool.events import EventBus
@@ -29,6 +30,11 @@ from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.lookup import LookupParts
+from kvpool.pool.remote.parts import Remote
+from kvpool.pool.remote.sender import Sender
+from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.sealing import Sealer
 from kvpool.pool.secret import load_or_create_secret
 from kvpool.pool.ssd_store import SsdStore
@@ -42,9 +48,12 @@ from kvpool.tiers.ram import RamTier, region_of
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.ssd.place import bytes_of, segment_of
 from kvpool.tiers.ssd.tier import SsdTier
-from kvpool.tiers.tier import TierUnavailableError
+from kvpool.tiers.tier import TierName, TierUnavailableError
 
 READ_FAILURES, WRITE_FAILURES = 3, 1
+LOOKUP_THREADS, SENDER_THREADS = 8, 2
+DATABASE_ROUND_S = 7200.0
+"""Where nothing has a TTL: blocks that are used are offered to the database as often as if it had this one."""
 _log = logging.getLogger(__name__)
 
 
@@ -59,9 +68,10 @@ def assemble(
     wake: Callable[[], None],
     disk: Disk | None,
     gpu: GpuOpener,
+    shared: Sequence[Connector],
 ) -> Engine:
     """Make the parts and start their threads. The gpu and ssd tiers are opened by the caller."""
-    secret = load_or_create_secret(directory.path)
+    secret = load_or_create_secret(directory.path, config.secret_file)
     epochs = Epochs.load(directory.path, is_new=directory.is_new)
     ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages, page_lock=_page_lock(config, gpu))
     ram.start_prefault()
@@ -118,13 +128,15 @@ def assemble(
             index, copies, store=gpu_store, memory=gpu_memory, demoter=demoter, promoter=promoter
         )  # fmt: skip
 
+    readers = Readers(store, memory, encodings)
+    sealer = Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared, gpu=gpu_store)
     engine = Engine(
         index=index,
         ram=ram,
         store=store,
         copies=copies,
         memory=memory,
-        readers=Readers(store, memory, encodings),
+        readers=readers,
         reclaimer=reclaimer,
         writer=WriteBehind(
             index,
@@ -133,7 +145,7 @@ def assemble(
             copies,
             reclaimer,
             events,
-            Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared, gpu=gpu_store),
+            sealer,
             payload_bytes_of=payload_bytes_of,
         ),
         events=events,
@@ -142,12 +154,61 @@ def assemble(
         encodings=encodings,
         ram_encoder=ram_encoder,
         gpu=gpu_parts,
+        remote=None,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
         is_known_name=is_known_name,
         wake=wake,
     )
+    if shared:
+        engine.remote = make_remote(config, engine, sealer, shared, payload_bytes_of=payload_bytes_of)
     return engine
+
+
+def make_remote(
+    config: RuntimeConfig,
+    engine: Engine,
+    sealer: Sealer,
+    connectors: Sequence[Connector],
+    *,
+    payload_bytes_of: Callable[[Fingerprint], int | None],
+) -> Remote:
+    """The tiers that are shared, in the waterfall's order. Nothing is connected yet."""
+    stores = {connector.name: RemoteStore(connector.name) for connector in connectors}
+    lookups = LookupParts(
+        index=engine.index,
+        memory=engine.memory,
+        encodings=engine.encodings,
+        ram_encoder=engine.ram_encoder,
+        stores=tuple(stores.values()),
+        workers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-lookup"),
+        askers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-ask"),
+        is_stale=engine.tenants.is_stale,
+        count_skipped=engine.traffic.count_skipped,
+    )
+    senders = [
+        Sender(
+            engine.index,
+            stores[connector.name],
+            sealer,
+            engine.encodings,
+            engine.events,
+            level=DRAGONFLY if connector.name is TierName.DRAGONFLY else DATABASE,
+            payload_bytes_of=payload_bytes_of,
+            is_wanted=connector.is_wanted,
+            sends_again=lambda: engine.settings.sends_again,
+            threads=SENDER_THREADS,
+        )
+        for connector in connectors
+    ]
+    return Remote(
+        engine.index,
+        lookups,
+        senders,
+        connectors,
+        ttl_s=lambda: engine.settings.shared_ttl_s,
+        budget_s=lambda: engine.settings.shared_budget_s,
+    )
 
 
 def make_encodings(config: RuntimeConfig, directory: PoolDirectory, layout_of: Layouts) -> Encodings:
@@ -158,7 +219,12 @@ def make_encodings(config: RuntimeConfig, directory: PoolDirectory, layout_of: L
         calibrations = Calibrations(
             directory.path, samples=compression.calibration_samples, percentile=compression.outlier_percentile
         )
-    by_level = {RAM: config.ram.codec, SSD: config.ssd.codec if config.ssd else Codec.NONE}
+    by_level = {
+        level: Codec.NONE if tier is None else tier.codec
+        for level, tier in (
+            (RAM, config.ram), (SSD, config.ssd), (DRAGONFLY, config.dragonfly), (DATABASE, config.database),
+        )
+    }  # fmt: skip
     if any(codec is not Codec.NONE for codec in by_level.values()):
         check_available()
     return Encodings(by_level, compression.granularity, layout_of=layout_of, calibrations=calibrations)
@@ -173,6 +239,11 @@ def live_settings(config: RuntimeConfig) -> LiveSettings:
         read_ahead=config.policy.read_ahead,
         compress_shared=config.sharing.compress_shared,
         gpu_after_hits=config.policy.gpu_after_hits,
+        sends_again=config.policy.promote_to_dragonfly,
+        shared_ttl_s=DATABASE_ROUND_S if config.dragonfly is None else config.dragonfly.ttl_s,
+        shared_budget_s=max(
+            (tier.budget_s for tier in (config.dragonfly, config.database) if tier is not None), default=0.0
+        ),
     )
 
 

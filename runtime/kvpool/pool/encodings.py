@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -20,9 +21,13 @@ from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.record import CODEC_NONE, Buffer, Corruption, CorruptRecordError, Head, codec_in, sealed_as
 from kvpool.codecs import NUMBERS, PayloadCodec, UnknownCodecError, codec_for, codec_of
 from kvpool.pool.calibration import Calibrations
-from kvpool.prefix.node import GPU, LEVELS
+from kvpool.prefix.node import RAM, SSD
 from kvpool.tiers.extents import Bytes
 
+DRAGONFLY: Final = 3
+DATABASE: Final = 4
+"""The tiers that are shared: levels for codecs alone, for the index does not know what lies there."""
+ENCODED_LEVELS: Final = (RAM, SSD, DRAGONFLY, DATABASE)
 MAX_SCRATCH = 8
 """Buffers for decoding that are kept for the next load."""
 
@@ -62,7 +67,7 @@ class Encodings:
         with self._lock:
             self._overrides[fingerprint] = dict(by_level)
             self._readable.pop(fingerprint, None)
-            for level in LEVELS:
+            for level in ENCODED_LEVELS:
                 self._codecs.pop((fingerprint, level), None)
 
     def forget(self, fingerprint: Fingerprint) -> None:
@@ -89,7 +94,7 @@ class Encodings:
         with self._lock:
             known = self._readable.get(fingerprint)
             if known is None:
-                names = {self._name(fingerprint, level) for level in LEVELS if level != GPU}
+                names = {self._name(fingerprint, level) for level in ENCODED_LEVELS}
                 known = self._readable[fingerprint] = frozenset({CODEC_NONE, *(NUMBERS[name] for name in names)})
             return known
 

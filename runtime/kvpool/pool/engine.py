@@ -25,6 +25,7 @@ from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.remote.parts import Remote
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.traffic import Traffic
 from kvpool.pool.write_behind import WriteBehind
@@ -50,6 +51,11 @@ class LiveSettings:
     read_ahead: bool
     compress_shared: bool
     gpu_after_hits: int
+    sends_again: bool
+    """Whether what is read or used here, and is not in dragonfly any more, is sent there again."""
+    shared_ttl_s: float
+    shared_budget_s: float
+    """The longest budget of a shared tier."""
 
 
 class Tenants:
@@ -113,6 +119,8 @@ class Engine:
     ram_encoder: RamEncoder
     gpu: Gpu | None
     """None: the configuration has no gpu tier."""
+    remote: Remote | None
+    """None: the configuration has no tier that is shared."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
     is_known_name: Callable[[str], bool]

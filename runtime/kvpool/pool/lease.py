@@ -22,6 +22,8 @@ from kvpool.tiers.tier import TierName
 
 if TYPE_CHECKING:
     from kvpool.pool.model import Model
+    from kvpool.pool.remote.lookup import Lookup, Sources
+    from kvpool.prefix.tree import Extras
 
 
 class Lease:
@@ -31,11 +33,15 @@ class Lease:
     alone may still turn out to be unreadable, so `load` says how many tokens really arrived.
     """
 
-    __slots__ = ("_model", "_pin", "_served")
+    __slots__ = ("_extras", "_lookup", "_model", "_packed", "_pin", "_served", "_sources")
 
-    def __init__(self, model: Model, pin: Pin) -> None:
+    def __init__(self, model: Model, pin: Pin, packed: bytes, extras: Extras | None) -> None:
         self._model = model
         self._pin: Pin | None = pin
+        self._packed = packed
+        self._extras = extras
+        self._lookup: Lookup | None = None
+        self._sources: Sources | None = None
         self._served: Counter[TierName] | None = None
 
     def __enter__(self) -> Lease:
@@ -61,16 +67,36 @@ class Lease:
         """How many blocks the last `load` delivered, by the tier in which it found them."""
         return dict(self._served or {})
 
+    def ask(self, deadline_s: float) -> LeaseState:
+        """Begin to extend the lease by what shared tiers hold, within `deadline_s`, and return at once: see `poll`.
+
+        Pending where something is asked for; ready where there are no such tiers, or nothing is missing. Asking again
+        while it is pending changes nothing; after that, what is missing still is asked for. Raises `PoolClosedError`.
+        """
+        return self._ask(deadline_s, here=False)
+
     def poll(self) -> LeaseState:
-        """How far the fetch from remote tiers is. Never blocks; without remote tiers, ready at once."""
-        self._open_pin()
+        """How far it is with what was asked for; what has arrived is in the lease from now on. Never blocks.
+
+        Expired once the deadline has passed: nothing more comes. Ready when all came that is to be had, or nothing was
+        asked for. Raises `PoolClosedError`.
+        """
+        pin = self._open_pin()
         self._model._engine.gate.check()
-        return LeaseState.READY
+        if self._lookup is None:
+            return LeaseState.READY
+        state = self._lookup.state  # before what it has brought is looked at, so that nothing comes after READY
+        self._model._engine.index.advance(pin, self._packed, self._extras)
+        return state
 
     def wait(self, deadline_s: float) -> LeaseState:
-        """Extend the lease by what remote tiers hold, for at most `deadline_s`; without such tiers, ready at once."""
-        if deadline_s < 0:
-            raise ValueError(f"deadline_s is {deadline_s}; it must be 0 or more")
+        """Extend the lease by what shared tiers hold: `ask`, and wait for it, at most until the deadline.
+
+        Expired where there may be more to be had; ready where all has come, and where there are no such tiers. The
+        lease is longer by what has arrived in either case: see `tokens`.
+        """
+        if self._ask(deadline_s, here=True) is LeaseState.PENDING and self._lookup is not None:
+            self._lookup.wait()
         return self.poll()
 
     def load(self, sink: BlockSink) -> int:
@@ -93,12 +119,18 @@ class Lease:
                 loaded = len(in_ram)
             else:
                 loaded = self._load_with_ssd(pin, sink, in_ram, served)
+        self._say_where_from(loaded, served)
         model.count_loaded(pin.depth, served)
+        remote = model._engine.remote
+        if remote is not None and (served[TierName.SSD] or served[TierName.DATABASE]):
+            remote.promote(pin)
         return loaded * model.layout.block_tokens
 
     def close(self) -> None:
         """Give the right up. Calling it again does nothing."""
         pin, self._pin = self._pin, None
+        if self._lookup is not None:
+            self._lookup.end()
         if pin is not None:
             self._model._engine.index.unpin(pin)
             if self._model._engine.index.has_graves:
@@ -108,6 +140,28 @@ class Lease:
         if self._pin is None:
             raise PoolClosedError("the lease was closed: match again")
         return self._pin
+
+    def _ask(self, deadline_s: float, *, here: bool) -> LeaseState:
+        if deadline_s < 0:
+            raise ValueError(f"deadline_s is {deadline_s}; it must be 0 or more")
+        pin = self._open_pin()
+        self._model._engine.gate.check()
+        if self._lookup is None or self._lookup.state is not LeaseState.PENDING:
+            if self._sources is None:
+                self._sources = {}
+            self._lookup = self._model.look_up(
+                pin, self._packed, self._extras, self._sources, deadline_s, here=here
+            )  # fmt: skip
+        return LeaseState.READY if self._lookup is None else self._lookup.state
+
+    def _say_where_from(self, loaded: int, served: Counter[TierName]) -> None:
+        """What a lookup has brought was served from RAM, and came from elsewhere."""
+        for block, tier in tuple((self._sources or {}).items()):
+            if block < loaded and served[TierName.RAM]:
+                served[TierName.RAM] -= 1
+                served[tier] += 1
+        if not served[TierName.RAM]:
+            del served[TierName.RAM]
 
     def _hand_over(self, sink: BlockSink, first: int, slots: Sequence[int]) -> None:
         engine, layout = self._model._engine, self._model.layout

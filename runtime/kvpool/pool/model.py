@@ -18,6 +18,7 @@ from kvpool.pool.explain import Explainer
 from kvpool.pool.fetch import WINDOW_BYTES, Fetch, plan
 from kvpool.pool.gpu_landing import GpuLanding
 from kvpool.pool.lease import Lease
+from kvpool.pool.remote.lookup import Lookup, Prompt, Sources
 from kvpool.pool.results import BlockReport, Refusal, StoreResult
 from kvpool.prefix.accounts import Grant
 from kvpool.prefix.heads import pinned_keys
@@ -108,7 +109,10 @@ class Model:
                 self._shorten_to_memory(pin)
             if (pin.node.save_to < pin.depth or tree.gapped) and engine.store.writable:
                 engine.writer.want(pin, pin.depth)
-        return Lease(self, pin)
+            remote = engine.remote
+            if remote is not None and pin.node.sent < remote.round:
+                remote.send_again(pin)
+        return Lease(self, pin, packed, extras)
 
     def store(
         self,
@@ -201,6 +205,16 @@ class Model:
             budget_s=engine.settings.ssd_budget_s,
             window_bytes=WINDOW_BYTES if engine.settings.read_ahead else 0,
         )
+
+    def look_up(
+        self, pin: Pin, packed: bytes, extras: Extras | None, sources: Sources, deadline_s: float, *, here: bool
+    ) -> Lookup | None:
+        """Begin to bring what shared tiers hold of the tail that is not pinned; None where that is nothing."""
+        remote = self._engine.remote
+        if remote is None or pin.depth >= len(packed) // self._token_bytes or pin.tree.erased:
+            return None
+        prompt = Prompt(pin.tree, packed, extras, self.layout, self._prefill_rate)
+        return remote.lookup(prompt, sources, deadline_s, here=here)
 
     def count_loaded(self, matched: int, served: Counter[TierName]) -> None:
         """A lease was loaded: `served` blocks of the `matched` ones arrived."""
@@ -315,6 +329,8 @@ class Model:
             engine.writer.want(pin, pin.depth)
         if tier is TierName.RAM:
             engine.ram_encoder.want(pin.node)
+        if engine.remote is not None:
+            engine.remote.send_new(pin, first)
         if engine.events.active:
             parent, *keys = pinned_keys(engine.index, pin, first)
             run = packed[first * self._token_bytes : pin.depth * self._token_bytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
 from kvpool.pool.registry import Registry
+from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.restoring import distrust, use_tier
 from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, UnregisterReport
 from kvpool.pool.roster import Roster
@@ -35,11 +36,13 @@ from kvpool.pool.stats import PoolStats
 from kvpool.prefix.sharing import SharedPrefix, top_shared
 from kvpool.resilience import Degradation
 from kvpool.tiers.ssd.disk import Disk
+from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
 """How long closing may write what is in memory down to SSD."""
 GRACE_S = 5.0
 """How much longer it may take in all, for what is in flight to end."""
+_OUT = {TierName.DRAGONFLY: Degradation.NO_DRAGONFLY, TierName.DATABASE: Degradation.NO_POSTGRES}
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ class Pool:
         directory: PoolDirectory,
         disk: Disk | None = None,
         gpu: GpuOpener | None = None,
+        shared: Sequence[Connector] | None = None,
     ) -> None:
         """Use `Pool.open`."""
         self.config = config
@@ -67,6 +71,7 @@ class Pool:
         self._closed = False
         self._memory_keeper, self._disk_keeper = Housekeeper("memory-keeper"), Housekeeper("disk-keeper")
         self._encoder, self._gpu_keeper = Housekeeper("encoder"), Housekeeper("gpu-keeper")
+        self._remote_keeper = Housekeeper("remote-keeper")
         self._engine: Engine = assemble(
             config,
             directory,
@@ -77,6 +82,7 @@ class Pool:
             wake=self._memory_keeper.wake,
             disk=disk,
             gpu=gpu or TorchDevice(),
+            shared=shared or (),
         )
         self._engine.shared_marks = load_shared(directory.path)
         explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
@@ -91,6 +97,7 @@ class Pool:
         directory: Path | None = None,
         disk: Disk | None = None,
         gpu: GpuOpener | None = None,
+        shared: Sequence[Connector] | None = None,
     ) -> Pool:
         """Open the pool of this configuration: one in memory, or the file of one, or of a `KVCachePool`.
 
@@ -105,7 +112,7 @@ class Pool:
         resolved = _resolved(config)
         held = PoolDirectory.open(directory or resolved.directory or default_directory(resolved.name))
         try:
-            pool = cls(resolved, held, disk, gpu)
+            pool = cls(resolved, held, disk, gpu, shared)
         except BaseException:
             held.close()
             raise
@@ -174,6 +181,8 @@ class Pool:
         found = {Degradation.NO_SSD} if engine.store.degraded else set()
         if engine.gpu is not None and engine.gpu.store.tier is None:
             found.add(Degradation.NO_GPU)
+        if engine.remote is not None:
+            found |= {_OUT[store.name] for store in engine.remote.stores if not store.usable}
         return frozenset(found)
 
     def release_device_memory(self, nbytes: int) -> int:
@@ -224,9 +233,13 @@ class Pool:
         return ReloadReport(applied=tuple(live), needs_restart=tuple(fixed))
 
     def flush(self, deadline_s: float | None = None) -> bool:
-        """Wait until all that is wanted on SSD is there; False at the deadline."""
+        """Wait until all that is wanted on SSD and in shared tiers is there, or was dropped; False at the deadline."""
         self._engine.gate.check()
-        return self._engine.writer.flush(deadline_s)
+        until_s = None if deadline_s is None else time.monotonic() + deadline_s
+        remote = self._engine.remote
+        return self._engine.writer.flush(deadline_s) and (
+            remote is None or remote.flush(None if until_s is None else until_s - time.monotonic())
+        )
 
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call `listener`, on a thread of its own, with every block stored or removed; returns what ends that."""
@@ -269,6 +282,9 @@ class Pool:
             engine.gpu.capacity_changed = self._roster.note_gpu_capacity
             engine.gpu.store.wake = self._gpu_keeper.wake
             self._gpu_keeper.start(engine.gpu.chores())
+        if engine.remote is not None:
+            engine.remote.connect()
+            self._remote_keeper.start(engine.remote.chores())
 
     def _close(self, deadline_s: float) -> None:
         """Whatever happens on the way, also Ctrl-C, everything below is given back."""
@@ -285,6 +301,9 @@ class Pool:
             stack.callback(_by, until_s, self._close_ssd)
             stack.callback(_by, until_s, lambda: save_history(self._directory.history, engine.index))
             stack.callback(_by, until_s, self._save_shared)
+            if engine.remote is not None:
+                stack.callback(engine.remote.close, until_s)
+                stack.callback(self._remote_keeper.close, until_s)
             stack.callback(engine.readers.close, until_s)
             stack.callback(engine.writer.close, until_s)
             stack.callback(self._disk_keeper.close, until_s)
@@ -297,10 +316,13 @@ class Pool:
     def _flush_to_close(self, deadline_s: float) -> None:
         engine = self._engine
         engine.store.accept()
+        until_s = time.monotonic() + deadline_s
         if deadline_s > 0 and engine.store.writable:
             engine.writer.want_everything()
             if not engine.writer.flush(deadline_s):
                 _log.warning("closing: %d edges were not written to ssd in time", engine.writer.queued)
+        if deadline_s > 0 and engine.remote is not None and not engine.remote.flush(until_s - time.monotonic()):
+            _log.warning("closing: not all that is new was sent to the shared tiers in time")
 
     def _close_ssd(self) -> None:
         if self._engine.store.tier is not None:

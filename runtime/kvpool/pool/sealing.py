@@ -39,8 +39,8 @@ class Sealer:
         self._of_thread = threading.local()
 
     @contextmanager
-    def sealed(self, run: Run) -> Iterator[list[Bytes]]:
-        """The run's records as they go to SSD, good for the time of the context.
+    def sealed(self, run: Run, to: int = SSD) -> Iterator[list[Bytes]]:
+        """The run's records as they go to a tier, that of level `to`, good for the time of the context.
 
         One that is encoded in RAM already goes as it is. One that is not to be encoded, or whose values the codec
         cannot hold, is sealed where it lies. What is in device memory alone is copied out first; fewer records than the
@@ -49,7 +49,7 @@ class Sealer:
         tree = run.pin.tree
         codec = None
         if self._compresses_shared() or not run.node.shared:
-            codec = self._encodings.codec(tree.id.fingerprint, SSD)
+            codec = self._encodings.codec(tree.id.fingerprint, to)
         scratch = self._memory("encoded", codec.record_bytes * len(run.places)) if codec else None
         raw = self._from_device(run) if run.level == GPU else [self._ram.record(place) for place in run.places]
         records = [

@@ -9,6 +9,7 @@ from kvpool.api.codec import Codec
 from kvpool.pool.engine import Engine
 from kvpool.pool.gpu_store import GpuStore
 from kvpool.pool.model import Model
+from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.stats import (
     AccountStats,
     EncodingStats,
@@ -16,6 +17,7 @@ from kvpool.pool.stats import (
     ModelStats,
     PoolStats,
     RestoreStats,
+    SharedTierStats,
     ShareStats,
     TierStats,
     WriteBehindStats,
@@ -51,6 +53,8 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
         demoted_blocks=0 if engine.gpu is None else engine.gpu.demoter.demoted_blocks,
         promoted_blocks=0 if engine.gpu is None else engine.gpu.promoter.promoted_blocks,
         tiers=_tiers(engine),
+        shared=_shared(engine),
+        skipped_lookups=0 if engine.remote is None else engine.remote.skipped_lookups,
         write_behind=_write_behind(engine),
         index=IndexStats(trees=len(index.trees), blocks=index.blocks, bytes=index.bytes, limit_bytes=index.limit_bytes),
         restored=RestoreStats(
@@ -119,6 +123,8 @@ def _tiers(engine: Engine) -> dict[TierName, TierStats]:
             last_error="",
         )
     }
+    if engine.remote is not None:
+        tiers |= {one.name: _remote(engine, one) for one in engine.remote.stores}
     if store.configured:
         tiers[TierName.SSD] = TierStats(
             name=TierName.SSD,
@@ -133,6 +139,41 @@ def _tiers(engine: Engine) -> dict[TierName, TierStats]:
             last_error=store.last_error,
         )
     return tiers
+
+
+def _remote(engine: Engine, store: RemoteStore) -> TierStats:
+    traffic = engine.traffic
+    return TierStats(
+        name=store.name,
+        available=store.usable,
+        capacity_bytes=store.usage.capacity_bytes,
+        used_bytes=store.usage.used_bytes,
+        blocks=0,
+        block_bytes=0,
+        loaded_blocks=traffic.loaded_blocks[store.name],
+        loaded_bytes=traffic.loaded_bytes[store.name],
+        corrupt=dict(store.corrupt),
+        last_error=store.last_error,
+    )
+
+
+def _shared(engine: Engine) -> dict[TierName, SharedTierStats]:
+    senders = () if engine.remote is None else engine.remote.senders
+    return {
+        sender.store.name: SharedTierStats(
+            queued_parcels=sender.queued,
+            sent_blocks=sender.store.stored_blocks,
+            sent_bytes=sender.store.stored_bytes,
+            dropped_blocks=dict(sender.dropped),
+            found_blocks=sender.store.found_blocks,
+            fetched_blocks=sender.store.fetched_blocks,
+            fetched_bytes=sender.store.fetched_bytes,
+            in_flight_bytes=sender.store.bulkhead.in_flight_bytes,
+            refused_for_room=sender.store.bulkhead.refused_total,
+            fell_out=sender.store.breaker.opened_total,
+        )
+        for sender in senders
+    }
 
 
 def _gpu(engine: Engine, store: GpuStore) -> TierStats:

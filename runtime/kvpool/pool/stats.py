@@ -9,7 +9,11 @@ from kvpool.tiers.tier import TierName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
-    """One tier. `used_bytes` is what it occupies, overhead included; `blocks` and `block_bytes` what it holds."""
+    """One tier. `used_bytes` is what it occupies, overhead included; `blocks` and `block_bytes` what it holds.
+
+    Of a tier that is shared with other processes nobody here knows how many blocks it holds, so these are 0; bytes are
+    all that its server holds, as of some seconds ago.
+    """
 
     name: TierName
     available: bool
@@ -23,6 +27,25 @@ class TierStats:
     corrupt: Mapping[str, int]
     """Records that were not what was asked for, by reason."""
     last_error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTierStats:
+    """What this process had to do with a tier that is shared. Dropped blocks were to be sent there, by reason."""
+
+    queued_parcels: int
+    sent_blocks: int
+    sent_bytes: int
+    dropped_blocks: Mapping[str, int]
+    found_blocks: int
+    """Blocks that were asked for and are there, whether or not they were read."""
+    fetched_blocks: int
+    fetched_bytes: int
+    in_flight_bytes: int
+    refused_for_room: int
+    """Batches that were not read or sent, since too many bytes were in flight."""
+    fell_out: int
+    """How often it went out of use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +163,9 @@ class PoolStats:
     promoted_blocks: int
     """Copied from RAM up to device memory."""
     tiers: Mapping[TierName, TierStats]
+    shared: Mapping[TierName, SharedTierStats]
+    skipped_lookups: int
+    """Leases whose tail was not looked up in shared tiers, since too many lookups were under way."""
     write_behind: WriteBehindStats
     index: IndexStats
     restored: RestoreStats

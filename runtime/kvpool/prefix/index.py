@@ -349,7 +349,7 @@ class PrefixIndex:
     def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
         """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained.
 
-        No further than leases may go beside what is guaranteed to others.
+        No further than leases may go beside what is guaranteed to others. They count as matched.
         """
         with self.lock:
             tree = pin.tree
@@ -365,6 +365,8 @@ class PrefixIndex:
             self._let_go(self._settled(pin), pin.depth)
             gained = depth - pin.depth
             pin.node, pin.depth, pin.key = node, depth, None
+            self.matched_blocks += gained
+            tree.account.matched_blocks += gained
             return gained
 
     def places(self, pin: Pin, level: int) -> list[int]:
@@ -378,6 +380,13 @@ class PrefixIndex:
                 found += run
                 found += [NOWHERE] * (wanted - len(run))
             return found
+
+    def last_key(self, pin: Pin) -> BlockKey:
+        """The key of the last pinned block; the chain's root where none is. Not with the lock held."""
+        if pin.key is None:
+            with self.lock:
+                pin.key = pin.tree.key_before(self._settled(pin), pin.depth)
+        return pin.key
 
     def path(self, pin: Pin) -> list[Node]:
         """The nodes of the pinned prefix, from the first on. Call with the lock held."""
@@ -415,7 +424,7 @@ class PrefixIndex:
             )
         if not places:
             return []
-        keys = tree.keys_after(self._last_key(pin), first, run, extras)
+        keys = tree.keys_after(self.last_key(pin), first, run, extras)
         with self.lock:
             self.ledger.discharge(tree.account, level, charged)
             if tree.erased:
@@ -710,12 +719,6 @@ class PrefixIndex:
         self._hold(node, depth)
         self._let_go(self._settled(pin), pin.depth)
         pin.node, pin.depth = node, depth
-
-    def _last_key(self, pin: Pin) -> BlockKey:
-        if pin.key is None:
-            with self.lock:
-                pin.key = pin.tree.key_before(self._settled(pin), pin.depth)
-        return pin.key
 
     @staticmethod
     def _offer_parked(node: Node) -> None:

@@ -97,6 +97,14 @@ class Moved(NamedTuple):
     """Why the rest did not, where the tier as a whole failed on the way; what was `done` by then counts."""
 
 
+class Usage(NamedTuple):
+    """What a keyed tier holds of everybody's."""
+
+    used_bytes: int
+    capacity_bytes: int
+    """0 where it has no limit of its own."""
+
+
 class KeyedTier(Protocol):
     """Holds sealed records by key, and is shared with other processes. Batch calls, safe from any thread.
 
@@ -147,6 +155,10 @@ class KeyedTier(Protocol):
         """Remove all records of a model; how many those were. Takes time, and blocks nobody."""
         ...
 
+    def usage(self) -> Usage:
+        """How full it is; asks the server."""
+        ...
+
     def close(self) -> None:
-        """Give connections back. The tier is not used afterwards."""
+        """Give connections back, those in use too: calls in flight fail. The tier is not used afterwards."""
         ...

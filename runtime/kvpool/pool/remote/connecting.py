@@ -1,0 +1,24 @@
+"""How a shared tier is reached: what is asked for one when the pool opens, and again while there is none."""
+
+from typing import Protocol
+
+from kvpool.blocks.identity import Fingerprint
+from kvpool.tiers.tier import KeyedTier, TierName
+
+
+class Connector(Protocol):
+    """Connects one tier; starts its server where that is ours to run. Used by one thread at a time."""
+
+    name: TierName
+
+    def connect(self) -> KeyedTier:
+        """A tier that has answered. Raises `TierUnavailableError`: to be tried again later."""
+        ...
+
+    def is_wanted(self, fingerprint: Fingerprint) -> bool:
+        """Whether blocks of a model go there at all."""
+        ...
+
+    def close(self) -> None:
+        """The pool is closed: stop what was started."""
+        ...

@@ -1,0 +1,327 @@
+"""Brings into RAM what the keyed tiers hold of one prompt, for the lease that asked.
+
+The tail that the tree does not know is asked for window by window, each twice as long as the one before: of all tiers
+at once, so that a prompt which nobody has costs one round trip of the slower one. Each block comes from the tier that
+is expected to be quicker; it is verified, and entered in the tree. Slots belong to the lookup until then. What does not
+come, or is not what was asked for, ends the run. A lookup ends with its lease: what is in flight then is not waited
+for, and its slots are freed when it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.layout import PAGE_BYTES, KVLayout
+from kvpool.blocks.record import CODEC_NONE, Buffer, CorruptRecordError, Head, open_record
+from kvpool.pool.encodings import Encodings
+from kvpool.pool.memory import Memory
+from kvpool.pool.ram_encoder import RamEncoder
+from kvpool.pool.remote.store import RemoteStore
+from kvpool.pool.results import LeaseState
+from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex
+from kvpool.prefix.node import RAM
+from kvpool.prefix.tree import Extras, PrefixTree
+from kvpool.tiers.tier import Found, TierName
+
+FIRST_WINDOW_BLOCKS, LAST_WINDOW_BLOCKS = 32, 1024
+BATCH_BYTES = 16 << 20
+"""About so much is read at once."""
+_log = logging.getLogger(__name__)
+
+
+Sources = dict[int, TierName]
+"""The blocks of one lease that have arrived, and from where. Only lookups write it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupParts:
+    """What lookups work with; one for all."""
+
+    index: PrefixIndex
+    memory: Memory
+    encodings: Encodings
+    ram_encoder: RamEncoder
+    stores: Sequence[RemoteStore]
+    """In the waterfall's order."""
+    workers: Executor
+    """Run lookups."""
+    askers: Executor
+    """Run what lookups wait for, and nothing that waits for others."""
+    is_stale: Callable[[PrefixTree], bool]
+    """Whether a tree is of an epoch that was erased."""
+    count_skipped: Callable[[int], None]
+    """Told of blocks that were not read, since computing them is quicker."""
+
+
+class Prompt(NamedTuple):
+    """What is looked up."""
+
+    tree: PrefixTree
+    tokens: bytes
+    extras: Extras | None
+    layout: KVLayout
+    prefill_tokens_per_second: float | None
+
+    @property
+    def blocks(self) -> int:
+        """Its whole blocks."""
+        return len(self.tokens) // self.layout.token_bytes
+
+
+class _Source(NamedTuple):
+    """Where a block is to be had."""
+
+    store: RemoteStore
+    found: Found
+
+
+class Lookup:
+    """One lookup. `start`, `wait`, `state` and `end` are the lease's, in one thread; the rest runs in others."""
+
+    def __init__(
+        self, parts: LookupParts, prompt: Prompt, sources: Sources, *, finished: Callable[[Lookup], None]
+    ) -> None:
+        self._parts = parts
+        self._finished = finished
+        self._prompt = prompt
+        self._window = FIRST_WINDOW_BLOCKS
+        self._ended = self._expired = False
+        self._done = threading.Event()
+        self._until_s = 0.0
+        self._sources = sources
+
+    @property
+    def state(self) -> LeaseState:
+        """How far it is; it is ended once its time is up."""
+        if not self._expired and not self._done.is_set() and time.monotonic() >= self._until_s:
+            self._expired = True
+            self.end()
+        if self._expired:
+            return LeaseState.EXPIRED
+        return LeaseState.READY if self._done.is_set() else LeaseState.PENDING
+
+    def start(self, deadline_s: float) -> None:
+        """Begin, in the background."""
+        self._until_s = time.monotonic() + deadline_s
+        self._submit(self._run, None)
+
+    def start_here(self, deadline_s: float) -> None:
+        """Begin; ask for the first window in this thread, which saves hand-overs where nobody has anything.
+
+        Takes as long as the slowest tier's budget, whatever the deadline.
+        """
+        self._until_s = time.monotonic() + deadline_s
+        pin = self._pin()
+        try:
+            sources = self._ask(pin)
+        except BaseException:
+            self._finish(pin)
+            raise
+        if sources:
+            self._submit(lambda: self._run(pin, sources), pin)
+        else:
+            self._finish(pin)
+
+    def wait(self) -> LeaseState:
+        """Wait until it is done, or its time is up."""
+        self._done.wait(max(0.0, self._until_s - time.monotonic()))
+        return self.state
+
+    def end(self) -> None:
+        """Nobody wants more of it. What has arrived stays."""
+        self._ended = True
+
+    def _submit(self, work: Callable[[], None], pin: Pin | None) -> None:
+        """Have a worker do it. Where the pool is being closed nobody does."""
+        try:
+            future = self._parts.workers.submit(work)
+        except RuntimeError:
+            self._finish(pin)
+        else:
+            future.add_done_callback(lambda ended: self._finish(pin) if ended.cancelled() else None)
+
+    def _run(self, pin: Pin | None = None, sources: Sequence[_Source] = ()) -> None:
+        try:
+            if pin is None:
+                pin = self._pin()
+                sources = self._ask(pin)
+            while sources and not self._ended:
+                was_whole = len(sources) == self._window
+                self._window = min(2 * self._window, LAST_WINDOW_BLOCKS)
+                if self._fetch(pin, sources) < len(sources) or not was_whole:
+                    return
+                sources = self._ask(pin)
+        except Exception:  # the thread's top: whoever waits must be told
+            _log.exception("looking a prompt up in shared tiers")
+        finally:
+            self._finish(pin)
+
+    def _pin(self) -> Pin:
+        """A lease of the lookup's own, on what is here by now."""
+        pin = self._parts.index.match(self._prompt.tree, self._prompt.tokens, self._prompt.extras)
+        if self._parts.is_stale(pin.tree):  # erased while it was not in the index, and entered again by this match
+            self._parts.index.erase(pin.tree)
+        return pin
+
+    def _finish(self, pin: Pin | None) -> None:
+        if pin is not None:
+            self._parts.index.unpin(pin)
+        self._done.set()
+        self._finished(self)
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    def _ask(self, pin: Pin) -> list[_Source]:
+        """The leading blocks of the next window that are to be had, each from the tier expected to be quickest."""
+        prompt, tree = self._prompt, self._prompt.tree
+        count = min(self._window, prompt.blocks - pin.depth)
+        stores = [store for store in self._parts.stores if store.usable]
+        if count <= 0 or not stores or pin.tree.erased:
+            return []
+        keys = self._keys(pin, count)
+        codecs = sorted(self._parts.encodings.readable(tree.id.fingerprint))
+        answers = self._answers(stores, keys, codecs)
+        ranked = sorted(answers, key=lambda store: store.costs.expected_seconds(prompt.layout.record_bytes) or 0.0)
+        sources: list[_Source] = []
+        for at in range(count):
+            holders = [(store, found) for store in ranked if (found := answers[store][at]) is not None]
+            if not holders:
+                break
+            sources.append(_Source(*holders[0]))
+        return self._worth_reading(sources)
+
+    def _answers(
+        self, stores: Sequence[RemoteStore], keys: Sequence[BlockKey], codecs: Sequence[int]
+    ) -> dict[RemoteStore, list[Found | None]]:
+        """What each store has, all asked at once: the last, which is the slowest one, from this thread."""
+        tree_id = self._prompt.tree.id
+        *others, last = stores
+        asked = [(store, self._parts.askers.submit(store.find, tree_id, keys, codecs)) for store in others]
+        answers = {last: last.find(tree_id, keys, codecs)}
+        answers.update({store: future.result() for store, future in asked})
+        return {store: [self._fitting(found) for found in answers[store]] for store in stores}
+
+    def _fitting(self, found: Found | None) -> Found | None:
+        """Only what may be a record of this model: of one length if it is not encoded, else shorter."""
+        raw = self._prompt.layout.record_bytes
+        if found is None or found.record_bytes % PAGE_BYTES or found.record_bytes <= PAGE_BYTES:
+            return None
+        fits = found.record_bytes == raw if found.codec == CODEC_NONE else found.record_bytes < raw
+        return found if fits else None
+
+    def _worth_reading(self, sources: list[_Source]) -> list[_Source]:
+        """Up to the first block of a tier from which reading them would take longer than computing them."""
+        block_tokens, rate = self._prompt.layout.block_tokens, self._prompt.prefill_tokens_per_second
+        for store in dict.fromkeys(source.store for source in sources):
+            own = [source.found.record_bytes for source in sources if source.store is store]
+            if not store.costs.worth_asking(sum(own), len(own) * block_tokens, rate):
+                self._parts.count_skipped(len(own))
+                kept = next(at for at, source in enumerate(sources) if source.store is store)
+                sources = sources[:kept]
+        return sources
+
+    def _keys(self, pin: Pin, count: int) -> list[BlockKey]:
+        prompt, size = self._prompt, self._prompt.layout.token_bytes
+        run = prompt.tokens[pin.depth * size : (pin.depth + count) * size]
+        keys = prompt.tree.keys_after(self._parts.index.last_key(pin), pin.depth, run, prompt.extras)
+        return [BlockKey(keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES)]
+
+    # -- fetching ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, pin: Pin, sources: Sequence[_Source]) -> int:
+        """Bring these blocks, which follow the pin, as far as they come; how many did."""
+        brought = 0
+        for batch in _batches(sources):
+            if self._ended:
+                break
+            arrived = self._fetch_batch(pin, batch)
+            brought += arrived
+            if arrived < len(batch):
+                break
+        return brought
+
+    def _fetch_batch(self, pin: Pin, batch: Sequence[_Source]) -> int:
+        """Records of one store and one length; how many leading ones are in the tree now."""
+        memory, account = self._parts.memory, pin.tree.account
+        store, record_bytes = batch[0].store, batch[0].found.record_bytes
+        slots = memory.allocate(account, record_bytes, len(batch)).slots
+        good = 0
+        try:
+            wanted = [source.found for source in batch[: len(slots)]]
+            buffers = [memory.ram.record(slot) for slot in slots]
+            done = store.get(pin.tree.id, wanted, buffers)
+            good = self._verified(pin, store, wanted, done, buffers)
+        finally:
+            memory.free(account, slots[good:])
+        return self._enter(pin, store, slots[:good], record_bytes)
+
+    def _verified(
+        self, pin: Pin, store: RemoteStore, wanted: Sequence[Found], done: Sequence[bool], buffers: Sequence[Buffer]
+    ) -> int:
+        """How many leading buffers hold the records that they should. One that is bad is dropped from its tier."""
+        for at, head in enumerate(self._heads(pin, [found.key for found in wanted])):
+            if not done[at]:
+                return at
+            try:
+                self._parts.encodings.check(open_record(buffers[at], head), buffers[at])
+            except CorruptRecordError as error:
+                store.count_corrupt(error.reason.value, head.key)
+                store.drop(pin.tree.id, [wanted[at]])
+                return at
+        return len(wanted)
+
+    def _heads(self, pin: Pin, keys: Sequence[BlockKey]) -> Iterator[Head]:
+        """What the records of the blocks that follow the pin are to say of themselves."""
+        prompt, size = self._prompt, self._prompt.layout.token_bytes
+        fingerprint, tenant, epoch = pin.tree.id
+        parent = self._parts.index.last_key(pin)
+        for depth, key in enumerate(keys, pin.depth):
+            yield Head(
+                key=key,
+                parent=parent,
+                fingerprint=fingerprint,
+                tenant=tenant,
+                epoch=epoch,
+                depth=depth,
+                tokens=prompt.tokens[depth * size : (depth + 1) * size],
+                extra=prompt.extras.get(depth, b"") if prompt.extras else b"",
+                payload_bytes=prompt.layout.payload_bytes,
+                raw_bytes=prompt.layout.payload_bytes,
+            )
+            parent = key
+
+    def _enter(self, pin: Pin, store: RemoteStore, slots: list[int], record_bytes: int) -> int:
+        """Enter verified slots in the tree; how many blocks are there now."""
+        if not slots:
+            return 0
+        index, first = self._parts.index, pin.depth
+        is_raw = record_bytes == self._prompt.layout.record_bytes
+        if not is_raw:
+            index.expect_encoded(pin.tree)
+        charged = len(slots) * record_bytes
+        refused = index.attach(pin, self._prompt.tokens, RAM, slots, self._prompt.extras, charged=charged)
+        self._parts.memory.drop(refused)
+        if pin.tree.erased:
+            return 0
+        kept = [at for at, slot in enumerate(slots) if slot not in refused]
+        self._sources.update({first + at: store.name for at in kept})
+        if is_raw:
+            self._parts.ram_encoder.want(pin.node)
+        return len(slots)
+
+
+def _batches(sources: Sequence[_Source]) -> Iterator[list[_Source]]:
+    """Consecutive blocks of one store and one length, as many as are read at once."""
+    for (_, record_bytes), run in groupby(sources, key=lambda source: (source.store, source.found.record_bytes)):
+        alike = list(run)
+        most = max(1, min(BATCH_BLOCKS, BATCH_BYTES // record_bytes))
+        for at in range(0, len(alike), most):
+            yield alike[at : at + most]

@@ -1,0 +1,172 @@
+"""What only a pool with shared tiers has: made by `assembly`, and looked after by a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.lookup import Lookup, LookupParts, Prompt, Sources
+from kvpool.pool.remote.sender import Sender
+from kvpool.pool.remote.store import RemoteStore
+from kvpool.prefix.index import Pin, PrefixIndex
+from kvpool.prefix.sending import Parcel, new_parcel, used_parcel
+from kvpool.tiers.tier import TierName, TierUnavailableError
+
+MAX_LOOKUPS = 64
+"""At once; a request beyond that is served from what is here."""
+ROUNDS_PER_TTL = 4
+"""How often, within the time for which the shared tiers keep a block, one that is used here is offered to them."""
+_log = logging.getLogger(__name__)
+
+
+class Remote:
+    """The shared tiers: their stores, what sends to them, and what looks prompts up there."""
+
+    def __init__(
+        self,
+        index: PrefixIndex,
+        lookups: LookupParts,
+        senders: Sequence[Sender],
+        connectors: Sequence[Connector],
+        *,
+        ttl_s: Callable[[], float],
+        budget_s: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.senders = senders
+        self.stores: Sequence[RemoteStore] = [sender.store for sender in senders]
+        self.round = 1
+        """Goes up a few times within a TTL: see `kvpool.prefix.sending`."""
+        self.skipped_lookups = 0
+        """Requests that were not looked up, since too many were."""
+        self._index = index
+        self._lookups = lookups
+        self._connectors = connectors
+        self._ttl_s = ttl_s
+        self._budget_s = budget_s
+        self._clock = clock
+        self._round_ends_s = clock() + ttl_s() / ROUNDS_PER_TTL
+        self._running: set[Lookup] = set()
+        self._changed = threading.Condition()
+
+    @property
+    def usable(self) -> bool:
+        """Whether any shared tier can be asked."""
+        return any(store.usable for store in self.stores)
+
+    def send_new(self, pin: Pin, first: int) -> None:
+        """The pinned blocks from `first` on were stored just now: send them. Never waits."""
+        if self.usable:
+            self._send(new_parcel(self._index, pin, first, self.round), self.senders)
+
+    def send_again(self, pin: Pin) -> None:
+        """The pinned blocks are used: once in a round, see that they are there still. Never waits."""
+        if self.usable:
+            self._send(used_parcel(self._index, pin, self.round), self.senders)
+
+    def promote(self, pin: Pin) -> None:
+        """The pinned blocks were read from a tier slower than dragonfly: see that they are there too. Never waits."""
+        faster = [sender for sender in self.senders if sender.store.name is TierName.DRAGONFLY]
+        if faster and faster[0].store.usable:
+            self._send(used_parcel(self._index, pin, None), faster)
+
+    @staticmethod
+    def _send(parcel: Parcel | None, senders: Sequence[Sender]) -> None:
+        if parcel is not None:
+            for sender in senders:
+                sender.send(parcel)
+
+    def lookup(self, prompt: Prompt, sources: Sources, deadline_s: float, *, here: bool) -> Lookup | None:
+        """Begin to look a prompt up, and note in `sources` what comes.
+
+        None where no tier can be asked, or too many lookups are under way.
+        `here`: the first question may be asked in this thread, if the deadline is no shorter than the tiers' budgets.
+        """
+        if not self.usable:
+            return None
+        lookup = Lookup(self._lookups, prompt, sources, finished=self._finished)
+        with self._changed:
+            if len(self._running) >= MAX_LOOKUPS:
+                self.skipped_lookups += 1
+                return None
+            self._running.add(lookup)
+        if here and deadline_s >= self._budget_s():
+            lookup.start_here(deadline_s)
+        else:
+            lookup.start(deadline_s)
+        return lookup
+
+    def _finished(self, lookup: Lookup) -> None:
+        with self._changed:
+            self._running.discard(lookup)
+            self._changed.notify_all()
+
+    def chores(self) -> list[Callable[[], None]]:
+        """In the order in which they run."""
+        return [
+            self.begin_round,
+            self.connect,
+            *(store.probe for store in self.stores),
+            *(store.note_usage for store in self.stores),
+        ]
+
+    def connect(self) -> None:
+        """Connect the tiers that are not connected, all at once, each when it is time to try again."""
+        waiting = [
+            threading.Thread(target=self._connect, args=each, name="kvpool-connect", daemon=True)
+            for each in zip(self.stores, self._connectors, strict=True)
+            if each[0].tier is None and each[0].breaker.allows()
+        ]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join()
+
+    @staticmethod
+    def _connect(store: RemoteStore, connector: Connector) -> None:
+        try:
+            store.publish(connector.connect())
+        except TierUnavailableError as error:
+            store.fell_out(error.reason)
+        except Exception as error:  # the thread's top
+            _log.exception("%s tier: connecting", store.name)
+            store.fell_out(f"{type(error).__name__}: {error}")
+
+    def begin_round(self) -> None:
+        """Begin another round if it is time."""
+        now = self._clock()
+        if now >= self._round_ends_s:
+            self.round += 1
+            self._round_ends_s = now + self._ttl_s() / ROUNDS_PER_TTL
+
+    def flush(self, deadline_s: float | None) -> bool:
+        """Wait until all that is to be sent was sent, or dropped; False at the deadline."""
+        until = None if deadline_s is None else time.monotonic() + deadline_s
+        return all(
+            sender.flush(None if until is None else max(0.0, until - time.monotonic())) for sender in self.senders
+        )
+
+    def close(self, until_s: float) -> None:
+        """End lookups, senders and connections; `until_s` is on `time.monotonic`.
+
+        Connections are closed under what is in flight, so that nothing is written to memory that is given back.
+        """
+        with self._changed:
+            for lookup in self._running:
+                lookup.end()
+        for sender in self.senders:
+            sender.close(min(until_s, time.monotonic() + self._budget_s()))
+        for store in self.stores:
+            tier = store.withdraw("the pool is closed")
+            if tier is not None:
+                tier.close()
+        for connector in self._connectors:
+            connector.close()
+        self._lookups.workers.shutdown(wait=False, cancel_futures=True)
+        self._lookups.askers.shutdown(wait=False, cancel_futures=True)
+        with self._changed:
+            while self._running and (left := until_s - time.monotonic()) > 0:
+                self._changed.wait(left)

@@ -1,0 +1,200 @@
+"""One keyed tier as the engine uses it: it may be absent, stall or fail, and none of that reaches a caller.
+
+A tier that fails as a whole is out at once, and costs nobody anything until a probe of the housekeeper's has succeeded.
+What may be in flight is bounded in bytes. Counters are of the whole life of the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
+from kvpool.blocks.record import CODEC_NONE, Buffer
+from kvpool.pool.costs import TierCosts
+from kvpool.resilience import BreakerLimits, BreakerState, Bulkhead, CircuitBreaker
+from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
+
+IN_FLIGHT_BYTES = 256 << 20
+"""What may be on its way to or from one tier."""
+LIMITS = BreakerLimits(failures=1, first_backoff_s=0.5, last_backoff_s=3.0)
+"""One failure is enough, for a tier says no more than once a budget that it is out; back within seconds."""
+USAGE_EVERY_S = 5.0
+_NOBODY = TreeId(Fingerprint(bytes(32)), TenantDigest(bytes(16)), 0)
+_NOTHING = BlockKey(bytes(16))
+_log = logging.getLogger(__name__)
+
+
+class RemoteStore:
+    """Guards one `KeyedTier`. Safe from any thread; calls that ask the tier wait for it, at most for its budget."""
+
+    def __init__(
+        self,
+        name: TierName,
+        *,
+        breaker: CircuitBreaker | None = None,
+        bulkhead: Bulkhead | None = None,
+        costs: TierCosts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.breaker = breaker or CircuitBreaker(LIMITS)
+        self.bulkhead = bulkhead or Bulkhead(IN_FLIGHT_BYTES)
+        self.costs = costs or TierCosts()
+        self.last_error = "not connected yet"
+        self.corrupt: Counter[str] = Counter()
+        """Records that were not what was asked for, by reason."""
+        self.found_blocks = 0
+        self.fetched_blocks = 0
+        self.fetched_bytes = 0
+        self.stored_blocks = 0
+        self.stored_bytes = 0
+        self.usage = Usage(0, 0)
+        """As it was a few seconds ago."""
+        self._usage_due_s = 0.0
+        self._tier: KeyedTier | None = None
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    @property
+    def tier(self) -> KeyedTier | None:
+        """The tier itself; None while there is none to be used."""
+        return self._tier
+
+    @property
+    def usable(self) -> bool:
+        """Whether asking it is worth a try."""
+        return self._tier is not None and self.breaker.state is BreakerState.CLOSED
+
+    def publish(self, tier: KeyedTier) -> None:
+        """Let everybody use the tier."""
+        self._tier = tier
+        self.breaker.succeeded()
+        self.last_error = ""
+
+    def withdraw(self, reason: str) -> KeyedTier | None:
+        """Let nobody use it any more; returned for the caller to close."""
+        tier, self._tier = self._tier, None
+        self.last_error = reason
+        return tier
+
+    def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
+        """Which of these blocks it has, as `KeyedTier.find`; none where it is out."""
+        tier = self._tier
+        if tier is None or not keys or self.breaker.state is not BreakerState.CLOSED:
+            return [None] * len(keys)
+        try:
+            found = tier.find(tree, keys, codecs)
+        except TierUnavailableError as error:
+            self.fell_out(error.reason)
+            return [None] * len(keys)
+        with self._lock:
+            self.found_blocks += len(keys) - found.count(None)
+        return found
+
+    def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> list[bool]:
+        """Copy records into buffers; False for each that did not come whole. The caller verifies them."""
+        nbytes = sum(found.record_bytes for found in wanted)
+        if not self._enter(nbytes):
+            return [False] * len(wanted)
+        started = self._clock()
+        try:
+            moved = self._moved(lambda tier: tier.get(tree, wanted, into), len(wanted))
+        finally:
+            self.bulkhead.leave(nbytes)
+        came = sum(found.record_bytes for found, done in zip(wanted, moved.done, strict=True) if done)
+        if came:
+            self.costs.observe(came, self._clock() - started)
+        with self._lock:
+            self.fetched_blocks += moved.done.count(True)
+            self.fetched_bytes += came
+        return moved.done
+
+    def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> list[bool]:
+        """Store records; False for each that was not taken."""
+        nbytes = sum(len(sealed.record) for sealed in records)
+        if not self._enter(nbytes):
+            return [False] * len(records)
+        try:
+            moved = self._moved(lambda tier: tier.put(tree, records, ancestors), len(records))
+        finally:
+            self.bulkhead.leave(nbytes)
+        taken = [len(sealed.record) for sealed, done in zip(records, moved.done, strict=True) if done]
+        with self._lock:
+            self.stored_blocks += len(taken)
+            self.stored_bytes += sum(taken)
+        return moved.done
+
+    def touch(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
+        """Keep these blocks as if written now, if the tier can be asked."""
+        self._attempt(lambda tier: tier.touch(tree, keys, codecs))
+
+    def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
+        """Remove records, if the tier can be asked."""
+        self._attempt(lambda tier: tier.drop(tree, found))
+
+    def count_corrupt(self, reason: str, key: BlockKey) -> None:
+        """Count a record that was not what was asked for, and say so."""
+        with self._lock:
+            self.corrupt[reason] += 1
+        _log.warning("%s tier: the record of block %s is dropped: %s", self.name, key.hex(), reason)
+
+    def fell_out(self, reason: str) -> None:
+        """The tier as a whole cannot be used now."""
+        self.last_error = reason
+        was_closed = self.breaker.state is BreakerState.CLOSED
+        self.breaker.trip(reason)
+        if was_closed:
+            _log.warning("%s tier: %s; not used until a probe succeeds", self.name, reason)
+
+    def probe(self) -> None:
+        """If it is out, and it is time, see whether it answers again. Waits for at most the tier's budget."""
+        tier = self._tier
+        if tier is None or self.breaker.state is BreakerState.CLOSED or not self.breaker.allows():
+            return
+        try:
+            tier.find(_NOBODY, [_NOTHING], [CODEC_NONE])
+        except TierUnavailableError as error:
+            self.last_error = error.reason
+            self.breaker.failed(error.reason)
+        else:
+            self.breaker.succeeded()
+            _log.info("%s tier: in use again", self.name)
+
+    def note_usage(self) -> None:
+        """Ask how full it is, if it can be asked, and not more often than is of use."""
+        now = self._clock()
+        if now < self._usage_due_s or not self.usable:
+            return
+        self._usage_due_s = now + USAGE_EVERY_S
+        self._attempt(self._take_usage)
+
+    def _take_usage(self, tier: KeyedTier) -> None:
+        self.usage = tier.usage()
+
+    def _enter(self, nbytes: int) -> bool:
+        return self.usable and self.bulkhead.enter(nbytes)
+
+    def _moved(self, call: Callable[[KeyedTier], Moved], count: int) -> Moved:
+        tier = self._tier
+        if tier is None:
+            return Moved([False] * count)
+        try:
+            moved = call(tier)
+        except TierUnavailableError as error:
+            moved = Moved([False] * count, error.reason)
+        if moved.fault:
+            self.fell_out(moved.fault)
+        return moved
+
+    def _attempt(self, call: Callable[[KeyedTier], None]) -> None:
+        tier = self._tier
+        if tier is None or self.breaker.state is not BreakerState.CLOSED:
+            return
+        try:
+            call(tier)
+        except TierUnavailableError as error:
+            self.fell_out(error.reason)
