@@ -1,0 +1,125 @@
+"""Requests and answers as data: pure, but for the buffers of records that they point to.
+
+The protocol is RESP2, which every server speaks. A request is a list of bulk strings; records are never copied into it.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, TypeAlias
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+_WHOLE_TIER = frozenset(
+    {
+        "READONLY",
+        "LOADING",
+        "MASTERDOWN",
+        "CLUSTERDOWN",
+        "NOAUTH",
+        "WRONGPASS",
+        "NOPERM",
+        "MISCONF",
+        "BUSY",
+        "NOREPLICAS",
+    }
+)
+_ELSEWHERE = frozenset({"MOVED", "ASK"})
+
+
+class Unanswered(Enum):
+    """What stands for an answer that did not come."""
+
+    UNANSWERED = "unanswered"
+
+
+UNANSWERED = Unanswered.UNANSWERED
+
+
+@dataclass(frozen=True, slots=True)
+class ServerError:
+    """An error that a server answered with."""
+
+    text: str
+
+    @property
+    def code(self) -> str:
+        """Its first word."""
+        return self.text.partition(" ")[0]
+
+    @property
+    def is_of_the_tier(self) -> bool:
+        """Whether it is about the server as a whole, not about one key."""
+        return self.code in _WHOLE_TIER
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether the server has no room, and evicts nothing to make some."""
+        return self.code == "OOM"
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another node of a cluster has the key, which it names."""
+        return self.code in _ELSEWHERE
+
+
+Answer: TypeAlias = "int | bytes | ServerError | Unanswered | list[Answer] | None"
+
+
+class Command(NamedTuple):
+    """One request. `name` is the key that it is about, by which it finds its server."""
+
+    name: bytes
+    request: tuple[Bytes, ...]
+    into: memoryview | None = None
+    """Where the bulk of the answer goes: then the answer is True or False, whether it came and had that length."""
+
+
+def encoded(*words: bytes) -> bytes:
+    """A request of small words."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+def plain(name: bytes, *words: bytes) -> Command:
+    """Any command of small words."""
+    return Command(name, (encoded(*words),))
+
+
+def length_of(name: bytes) -> Command:
+    """The length of a value, 0 where there is none; `WRONGTYPE` where it is no string."""
+    return Command(name, (b"*2\r\n$6\r\nSTRLEN\r\n$%d\r\n%b\r\n" % (len(name), name),))
+
+
+def read(name: bytes, into: memoryview) -> Command:
+    """A value, if it has the length of `into`."""
+    return Command(name, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),), into)
+
+
+def read_piece(name: bytes, offset: int, into: memoryview) -> Command:
+    """As many bytes of a value as `into` has."""
+    return Command(name, (encoded(b"GETRANGE", name, b"%d" % offset, b"%d" % (offset + len(into) - 1)),), into)
+
+
+def write(name: bytes, record: memoryview, ttl_ms: int) -> Command:
+    """Set a value, and for how long it is kept."""
+    before = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(record))
+    ttl = b"%d" % ttl_ms
+    return Command(name, (before, record, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(ttl), ttl)))
+
+
+def keep_longer(name: bytes, ttl_ms: int) -> Command:
+    """Keep a value for so long from now on, unless it is kept longer already. Redis >= 7, Valkey, Dragonfly."""
+    ttl = b"%d" % ttl_ms
+    return Command(
+        name, (b"*4\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nGT\r\n" % (len(name), name, len(ttl), ttl),)
+    )
+
+
+def keep(name: bytes, ttl_ms: int) -> Command:
+    """Keep a value for so long from now on."""
+    ttl = b"%d" % ttl_ms
+    return Command(name, (b"*3\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(ttl), ttl),))
+
+
+def remove(name: bytes) -> Command:
+    """Remove a value; its memory is freed beside other work."""
+    return Command(name, (b"*2\r\n$6\r\nUNLINK\r\n$%d\r\n%b\r\n" % (len(name), name),))

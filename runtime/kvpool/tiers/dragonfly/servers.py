@@ -1,0 +1,236 @@
+"""Which server is asked for which key, and one call's round trips to all of them.
+
+Requests to several nodes are sent before the first answer is waited for. A connection that was used before and turns
+out to be closed is replaced once: all that is asked for here may be asked for twice. In a cluster, a `MOVED` or `ASK`
+is followed once, and a node that failed is let alone for `PAUSE_S`, so that it does not cost every call a budget.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from kvpool.config.service import ServiceAddress
+from kvpool.tiers.dragonfly.commands import UNANSWERED, Answer, Command, ServerError
+from kvpool.tiers.dragonfly.connections import Connections
+from kvpool.tiers.dragonfly.conversation import Conversation
+from kvpool.tiers.dragonfly.faults import FaultError, RefusedError, StalledError
+from kvpool.tiers.dragonfly.opening import Node, Opener
+from kvpool.tiers.dragonfly.patience import Patience
+from kvpool.tiers.dragonfly.topology import ASK_FOR_SLOTS, ASKING, Topology, elsewhere, topology_of
+
+PAUSE_S = 1.0
+"""For so long a failed node of a cluster is let alone; and no more often is a cluster asked what it looks like."""
+
+
+@dataclass(slots=True)
+class Answers:
+    """The answers of one call, in the order of its requests."""
+
+    each: list[Answer]
+    faults: list[str] = field(default_factory=list)
+    """Why some are `UNANSWERED`, or what a server said of itself: one text per server at most."""
+    asked: int = 0
+    """How many servers there were to ask."""
+
+    @property
+    def fault(self) -> str:
+        """Why the call did not come to its end; empty if it did."""
+        return self.faults[0] if self.faults else ""
+
+    @property
+    def nobody_answered(self) -> bool:
+        """Whether every server failed."""
+        return len(self.faults) >= self.asked > 0
+
+
+class _Part(NamedTuple):
+    """What one server is asked, and whose answers those are; -1: nobody's."""
+
+    node: Node | None
+    commands: list[Command]
+    positions: Sequence[int]
+
+
+class Servers:
+    """The server at an address, or all masters of its cluster. Safe from any thread."""
+
+    def __init__(self, address: Callable[[], ServiceAddress], *, tls: bool, connections: int) -> None:
+        self._opener = Opener(address, tls=tls)
+        self._limit = connections
+        self._lock = threading.Lock()
+        self._pools: dict[Node | None, Connections] = {}
+        self._paused: dict[Node | None, tuple[float, str]] = {}
+        self._closed = False
+        self._asking_topology = threading.Lock()
+        self._topology: Topology | None = None
+        self._asked_at_s = 0.0
+        self._outdated = False
+
+    def ask(self, commands: list[Command], patience: Patience, at_once: int) -> Answers:
+        """Ask each at the server that has its key. Raises `FaultError` where it is not even known which that is."""
+        parts = _by_owner(commands, self.topology(patience))
+        answers = Answers([UNANSWERED] * len(commands), asked=len(parts))
+        self._round(parts, answers, patience, at_once)
+        moved = [
+            at for at, answer in enumerate(answers.each) if isinstance(answer, ServerError) and answer.is_elsewhere
+        ]
+        if moved:
+            self._outdated = True
+            self._round(self._followed(moved, commands, answers), answers, patience, at_once)
+        return answers
+
+    def ask_at(self, node: Node | None, commands: list[Command], patience: Patience, at_once: int) -> list[Answer]:
+        """Ask one server. Raises `FaultError` where it did not answer."""
+        answers = Answers([UNANSWERED] * len(commands), asked=1)
+        self._round([_Part(node, commands, range(len(commands)))], answers, patience, at_once)
+        if answers.faults:
+            raise RefusedError(answers.fault)
+        return answers.each
+
+    def topology(self, patience: Patience) -> Topology:
+        """What is known of the cluster; asked for first, and when it turned out to be outdated. Raises `FaultError`."""
+        known = self._topology
+        due = self._outdated and time.monotonic() >= self._asked_at_s + PAUSE_S
+        if known is not None and not due:
+            return known
+        if not self._asking_topology.acquire(timeout=patience.left_s):
+            raise StalledError("the cluster does not say what it looks like")
+        try:
+            if self._topology is known:
+                self._learn(known or Topology(), patience)
+            return self._topology or Topology()
+        finally:
+            self._asking_topology.release()
+
+    def close(self) -> None:
+        """Close all connections. Calling it again does nothing."""
+        with self._lock:
+            self._closed = True
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.close()
+
+    # --- one round ---------------------------------------------------------------------------------------------------
+
+    def _round(self, parts: Sequence[_Part], answers: Answers, patience: Patience, at_once: int) -> None:
+        """Ask every part of its server; what comes is put into `answers`.
+
+        Connections are borrowed in the nodes' order: two calls that wait for each other's would wait in vain.
+        """
+        begun: list[tuple[_Part, Conversation]] = []
+        try:
+            for part in sorted(parts, key=lambda part: part.node or ("", 0)):
+                try:
+                    self._check_pause(part.node)
+                    conversation = Conversation(self._pool(part.node), part.commands, patience, at_once)
+                except FaultError as fault:
+                    self._failed(part.node, str(fault), answers)
+                else:
+                    begun.append((part, conversation))
+            for part, conversation in begun:
+                try:
+                    fault_said = conversation.finish()
+                except FaultError as fault:
+                    fault_said = str(fault)
+                for position, answer in zip(part.positions, conversation.answers, strict=False):
+                    if position >= 0:
+                        answers.each[position] = answer
+                if fault_said:
+                    self._failed(part.node, fault_said, answers)
+        finally:
+            for _, conversation in begun:
+                conversation.close()
+
+    def _followed(self, moved: Sequence[int], commands: Sequence[Command], answers: Answers) -> list[_Part]:
+        """What is to be asked elsewhere, as the answers say."""
+        parts: dict[Node, _Part] = {}
+        for at in moved:
+            answer = answers.each[at]
+            assert isinstance(answer, ServerError)
+            node = elsewhere(answer)
+            if node is None:
+                continue
+            part = parts.setdefault(node, _Part(node, [], []))
+            assert isinstance(part.positions, list)
+            if answer.code == "ASK":
+                part.commands.append(ASKING)
+                part.positions.append(-1)
+            part.commands.append(commands[at])
+            part.positions.append(at)
+        return list(parts.values())
+
+    def _failed(self, node: Node | None, fault: str, answers: Answers) -> None:
+        answers.faults.append(fault)
+        if node is not None:
+            self._outdated = True
+            with self._lock:
+                self._paused.setdefault(node, (time.monotonic() + PAUSE_S, fault))
+
+    def _check_pause(self, node: Node | None) -> None:
+        with self._lock:
+            until_s, fault = self._paused.get(node, (0.0, ""))
+            if time.monotonic() < until_s:
+                raise RefusedError(f"a moment ago: {fault}")
+            self._paused.pop(node, None)
+
+    def _pool(self, node: Node | None) -> Connections:
+        with self._lock:
+            if self._closed:
+                raise RefusedError("it was closed")
+            if node not in self._pools:
+                self._pools[node] = Connections(partial(self._opener.open, node), self._limit)
+            return self._pools[node]
+
+    # --- the cluster -------------------------------------------------------------------------------------------------
+
+    def _learn(self, known: Topology, patience: Patience) -> None:
+        """Ask the address what the cluster looks like; if it is away, the nodes that were known."""
+        self._asked_at_s = time.monotonic()
+        self._outdated = False
+        failed: FaultError | None = None
+        for node in dict.fromkeys((None, *known.masters)):
+            try:
+                self._topology = self._asked_topology(node, patience)
+            except FaultError as fault:
+                failed = failed or fault
+            else:
+                return self._forget_others(self._topology)
+        if failed is not None and self._topology is None:
+            raise failed
+        self._outdated = True
+        return None
+
+    def _asked_topology(self, node: Node | None, patience: Patience) -> Topology:
+        conversation = Conversation(self._pool(node), [ASK_FOR_SLOTS], patience, 1)
+        try:
+            fault = conversation.finish()
+            [answer] = conversation.answers
+        finally:
+            conversation.close()
+        if fault and not (isinstance(answer, ServerError) and answer.code == "NOPERM"):
+            raise RefusedError(fault)
+        return topology_of(answer, conversation.host)
+
+    def _forget_others(self, topology: Topology) -> None:
+        """Close the connections to nodes that are no masters any more."""
+        with self._lock:
+            gone = [node for node in self._pools if node is not None and node not in topology.masters]
+            pools = [self._pools.pop(node) for node in gone]
+        for pool in pools:
+            pool.close()
+
+
+def _by_owner(commands: list[Command], topology: Topology) -> list[_Part]:
+    if not topology.is_cluster:
+        return [_Part(topology.masters[0], commands, range(len(commands)))] if commands else []
+    parts: dict[Node | None, _Part] = {}
+    for at, command in enumerate(commands):
+        owner = topology.owner(command.name)
+        part = parts.setdefault(owner, _Part(owner, [], []))
+        part.commands.append(command)
+        assert isinstance(part.positions, list)
+        part.positions.append(at)
+    return list(parts.values())

@@ -1,0 +1,252 @@
+"""The dragonfly tier: sealed records in a server of the Redis protocol, for so long, shared between processes.
+
+Nothing is written without a TTL. A TTL is only ever made longer, and of a chain's blocks the last is kept longer first
+and the first last, so that no block outlives one that it needs: on one server to the millisecond, in a cluster to the
+duration of a call. (Redis before 7 cannot make a TTL longer only: there, pools with other TTLs cut each other's short.)
+
+Memory: records are read straight into the caller's buffers and written straight from them; 64 KiB per connection.
+Threads: any number call at once; a call has a connection of its own (in a cluster, one per node). A call that times out
+closes its connection before it returns. Limits: `connections` to each server; `batch_size` requests, and 2 MiB of
+records, of a call are in flight at once. Names of hosts are looked up by the system, which has time limits of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
+from kvpool.blocks.layout import PAGE_BYTES
+from kvpool.blocks.record import Buffer
+from kvpool.config.service import ServiceAddress
+from kvpool.tiers.dragonfly import commands
+from kvpool.tiers.dragonfly.commands import Answer, Command, ServerError
+from kvpool.tiers.dragonfly.epochs import highest_epoch, note_epoch
+from kvpool.tiers.dragonfly.faults import FaultError
+from kvpool.tiers.dragonfly.names import Names, Parts, is_of_model, model_pattern, tenant_pattern
+from kvpool.tiers.dragonfly.patience import Patience
+from kvpool.tiers.dragonfly.server_info import ServerInfo, info_of_all
+from kvpool.tiers.dragonfly.servers import Answers, Servers
+from kvpool.tiers.dragonfly.sweeping import sweep
+from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableError, Usage
+
+MIN_RECORD_BYTES = 2 * PAGE_BYTES
+MAX_RECORD_BYTES = 512 << 20
+"""No server of this protocol holds longer values."""
+WHOLE_BYTES = 2 << 20
+PIECE_BYTES = 1 << 20
+"""Records above `WHOLE_BYTES` are read in such pieces: a server copies out what is read at once, into memory that it
+has to touch anew. Of 8 and 20 MiB, pieces gave 2.5 times as much as the whole."""
+
+
+class DragonflyTier:
+    """Holds sealed records; implements `KeyedTier`. `ttl_s`, `batch_size` and `budget_s` may be changed at any time.
+
+    `address` is called for each new connection, from any thread. `tls`: also where the url does not say `rediss`.
+    Ancestors are kept longer under every codec that this tier was ever asked for or given.
+    """
+
+    name = TierName.DRAGONFLY
+
+    def __init__(
+        self, address: Callable[[], ServiceAddress], *, ttl_s: float, connections: int, batch_size: int,
+        budget_s: float, tls: bool,
+    ) -> None:  # fmt: skip
+        self.ttl_s = ttl_s
+        """For how long what is written or read is kept from then on."""
+        self.batch_size = batch_size
+        """Requests of a call that are in flight at once, at most."""
+        self.budget_s = budget_s
+        """For how long a call waits without any progress."""
+        self._servers = Servers(address, tls=tls, connections=connections)
+        self._codecs: frozenset[int] = frozenset()
+        self._keep = commands.keep_longer
+
+    def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
+        """As `KeyedTier` says."""
+        self._know(codecs)
+        names = Names(tree)
+        lengths = iter(self._lengths([names.of(key, codec) for key in keys for codec in codecs], self._patience()))
+        return [_first(key, [(codec, next(lengths)) for codec in codecs]) for key in keys]
+
+    def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
+        """As `KeyedTier` says."""
+        self._know([found.codec for found in wanted])
+        names = Names(tree)
+        named = [names.of(found.key, found.codec) for found in wanted]
+        reads = [
+            _reads(name, _view(buffer, found.record_bytes))
+            for name, found, buffer in zip(named, wanted, into, strict=True)
+        ]
+        answers = self._ask([command for each in reads for command in each], named, self._patience())
+        arrived = iter(answers.each)
+        done = [
+            _came_whole(each, list(islice(arrived, len(each))), found)
+            for each, found in zip(reads, wanted, strict=True)
+        ]
+        return _moved(done, answers)
+
+    def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> Moved:
+        """As `KeyedTier` says."""
+        self._know([sealed.codec for sealed in records])
+        names = Names(tree)
+        named = [names.of(sealed.key, sealed.codec) for sealed in records]
+        views = [_view(sealed.record) for sealed in records]
+        patience = self._patience()
+        lengths = self._lengths(named, patience)
+        done = [length == len(view) for length, view in zip(lengths, views, strict=True)]
+        absent = [at for at, is_there in enumerate(done) if not is_there]
+        writes = [commands.write(named[at], views[at], self._ttl_ms) for at in absent]
+        answers = self._ask(writes, [*self._ancestors(names, ancestors), *named], patience)
+        for at, answer in zip(absent, answers.each, strict=False):
+            done[at] = answer == b"OK"
+        return _moved(done, answers)
+
+    def touch(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
+        """As `KeyedTier` says."""
+        self._know(codecs)
+        names = Names(tree)
+        kept = [names.of(key, codec) for key in keys for codec in codecs]
+        _check(self._ask([], kept, self._patience()))
+
+    def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
+        """As `KeyedTier` says."""
+        names = Names(tree)
+        removals = [commands.remove(names.of(key, codec)) for key, codec, _ in found]
+        _check(self._ask(removals, [], self._patience()))
+
+    def erase(self, tenant: TenantDigest, before_epoch: int) -> int:
+        """As `KeyedTier` says. What a process that does not know of it yet writes meanwhile goes with its TTL."""
+        return self._sweep(tenant_pattern(tenant), lambda parts: parts.epoch < before_epoch)
+
+    def forget_model(self, fingerprint: Fingerprint) -> int:
+        """As `KeyedTier` says. A model is known by the first 8 bytes of its fingerprint here."""
+        return self._sweep(model_pattern(fingerprint), lambda parts: is_of_model(parts, fingerprint))
+
+    def epoch_hint(self, tenant: TenantDigest) -> int | None:
+        """The highest epoch that anybody noted here for a tenant; None: not known. Raises `TierUnavailableError`."""
+        with _faults_are_outages():
+            return highest_epoch(self._servers, tenant, self._patience())
+
+    def note_epoch(self, tenant: TenantDigest, epoch: int) -> None:
+        """Note a tenant's epoch, for 30 days; a lower one changes nothing. Raises `TierUnavailableError`."""
+        with _faults_are_outages():
+            note_epoch(self._servers, tenant, epoch, self._patience())
+
+    def info(self) -> ServerInfo:
+        """What the server says of itself; memory is that of all nodes together. Raises `TierUnavailableError`."""
+        with _faults_are_outages():
+            return info_of_all(self._servers, self._patience())
+
+    def usage(self) -> Usage:
+        """As `KeyedTier` says: all of the server's memory, whoever it is used for."""
+        info = self.info()
+        return Usage(info.used_bytes, info.max_bytes)
+
+    def close(self) -> None:
+        """As `KeyedTier` says. Calling it again does nothing."""
+        self._servers.close()
+
+    @property
+    def _ttl_ms(self) -> int:
+        return max(int(self.ttl_s * 1000), 1)
+
+    def _patience(self) -> Patience:
+        return Patience(self.budget_s)
+
+    def _know(self, codecs: Sequence[int]) -> None:
+        if not self._codecs.issuperset(codecs):
+            self._codecs = self._codecs.union(codecs)
+
+    def _ancestors(self, names: Names, ancestors: Sequence[BlockKey]) -> list[bytes]:
+        codecs = sorted(self._codecs)
+        return [names.of(key, codec) for key in ancestors for codec in codecs]
+
+    def _lengths(self, named: Sequence[bytes], patience: Patience) -> list[Answer]:
+        answers = self._ask([commands.length_of(name) for name in named], [], patience)
+        _check(answers)
+        return answers.each
+
+    def _ask(self, requests: list[Command], kept: Sequence[bytes], patience: Patience) -> Answers:
+        """Ask, then keep `kept` as if written now, the last of them first; the answers to the requests."""
+        ttl_ms = self._ttl_ms
+        keeps = [self._keep(name, ttl_ms) for name in reversed(kept)]
+        with _faults_are_outages():
+            answers = self._servers.ask(requests + keeps, patience, self.batch_size)
+        to_keeps = answers.each[len(requests) :]
+        del answers.each[len(requests) :]
+        if self._keep is commands.keep_longer and any(map(_is_unknown, to_keeps)):
+            self._keep = commands.keep
+            with _faults_are_outages():
+                self._servers.ask([self._keep(name, ttl_ms) for name in reversed(kept)], patience, self.batch_size)
+        return answers
+
+    def _sweep(self, pattern: bytes, is_doomed: Callable[[Parts], bool]) -> int:
+        with _faults_are_outages():
+            return sweep(self._servers, pattern, is_doomed, self._patience, self.batch_size)
+
+
+def _view(buffer: Buffer, nbytes: int | None = None) -> memoryview:
+    """The bytes of a buffer, which must be so many."""
+    view = memoryview(buffer).cast("B")
+    if nbytes is not None and len(view) != nbytes:
+        raise ValueError(f"the record has {nbytes} bytes; its buffer {len(view)}")
+    return view
+
+
+def _reads(name: bytes, into: memoryview) -> list[Command]:
+    """What asks for a record: as a whole, or for its length and then for piece after piece."""
+    if len(into) <= WHOLE_BYTES:
+        return [commands.read(name, into)]
+    starts = range(0, len(into), PIECE_BYTES)
+    pieces = [commands.read_piece(name, start, into[start : start + PIECE_BYTES]) for start in starts]
+    return [commands.length_of(name), *pieces]
+
+
+def _came_whole(reads: Sequence[Command], answers: Sequence[Answer], found: Found) -> bool:
+    """Whether the length of a record, where it was asked for, and all pieces are what was expected."""
+    return all(
+        answer is True if command.into is not None else answer == found.record_bytes
+        for command, answer in zip(reads, answers, strict=True)
+    )
+
+
+def _first(key: BlockKey, lengths: Sequence[tuple[int, Answer]]) -> Found | None:
+    """The first codec under which there is what can be a record."""
+    for codec, length in lengths:
+        if isinstance(length, int) and MIN_RECORD_BYTES <= length <= MAX_RECORD_BYTES and not length % PAGE_BYTES:
+            return Found(key, codec, length)
+    return None
+
+
+def _is_unknown(answer: Answer) -> bool:
+    """Whether a server does not know a command, or not this form of it."""
+    return isinstance(answer, ServerError) and answer.code == "ERR"
+
+
+def _refusal(answers: Answers) -> str:
+    """What the first of the keys that were refused was refused with, unless it is that something else is there."""
+    refusals = (a.text for a in answers.each if isinstance(a, ServerError) and a.code != "WRONGTYPE")
+    return next(refusals, "")
+
+
+def _check(answers: Answers) -> None:
+    """Raise `TierUnavailableError` where no server answered, or all that was asked for was refused."""
+    if answers.nobody_answered:
+        raise TierUnavailableError(TierName.DRAGONFLY, answers.fault)
+    refusal = _refusal(answers)
+    if refusal and all(isinstance(answer, ServerError) for answer in answers.each):
+        raise TierUnavailableError(TierName.DRAGONFLY, refusal)
+
+
+def _moved(done: list[bool], answers: Answers) -> Moved:
+    if answers.faults and not any(done):
+        raise TierUnavailableError(TierName.DRAGONFLY, answers.fault)
+    return Moved(done, answers.fault or _refusal(answers))
+
+
+@contextmanager
+def _faults_are_outages() -> Iterator[None]:
+    try:
+        yield
+    except FaultError as fault:
+        raise TierUnavailableError(TierName.DRAGONFLY, str(fault)) from None

@@ -1,0 +1,272 @@
+"""A connection to a server: bytes in and bytes out, both at once, so that neither side can wait for the other forever.
+
+Memory: 64 KiB for lines and small answers. Large answers go straight into the caller's buffers; only what happens to
+have come with the line before is copied. Lengths that the server announces are checked before anything is taken or
+touched for them. Not safe for several threads: whoever has borrowed it is alone with it, and reads and writes himself,
+so that once it is closed nothing can arrive anywhere.
+"""
+
+import select
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+
+from kvpool.tiers.dragonfly.commands import Answer, Bytes, ServerError
+from kvpool.tiers.dragonfly.faults import LostError, StalledError, SurpriseError
+from kvpool.tiers.dragonfly.patience import Patience
+
+BUFFER_BYTES = 64 << 10
+MAX_ANSWER_BYTES = 16 << 20
+"""The most that an answer may take which does not go into a caller's buffer."""
+MAX_DEPTH = 8
+MAX_DRAINED_BYTES = 64 << 20
+"""A value of an unexpected length is read past; beyond this the connection is given up instead."""
+_LARGE_BYTES = 16 << 10
+_ELEMENT_BYTES = 64
+_LINE_BYTES = 256
+_MAX_PARTS = 64
+_CRLF = b"\r\n"
+_INT, _SIMPLE, _ERROR, _BULK, _ARRAY = b":+-$*"
+
+
+class Wire:
+    """One connection, logged in. `patience` is that of the call that has borrowed it.
+
+    After an exception it must be closed: what comes next on it belongs to nobody knows which request.
+    """
+
+    def __init__(self, stream: socket.socket, close: Callable[[], None], peer: str) -> None:
+        stream.setblocking(False)
+        self.peer, self.host = peer, peer.rpartition(":")[0]
+        self.patience = Patience(0.0)
+        self.used = False
+        """Whether a call has used it before: the server may have closed it since."""
+        self._stream = stream
+        self._tls = stream if isinstance(stream, ssl.SSLSocket) else None
+        self._close = close
+        self._poll = select.poll()
+        self._events = select.POLLIN
+        self._poll.register(stream, self._events)
+        self._outgoing: deque[memoryview] = deque()
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._room_bytes = 0
+
+    def close(self) -> None:
+        """Close the connection. Calling it again does nothing."""
+        self._outgoing.clear()
+        self._close()
+
+    def cut(self) -> None:
+        """End the connection under whoever uses it, from another thread: what he waits for does not come any more."""
+        with suppress(OSError):  # it is closed already
+            socket.socket.shutdown(self._stream, socket.SHUT_RDWR)  # that of TLS would have him read what is encrypted
+
+    def is_quiet(self) -> bool:
+        """Whether it can be used again: nobody has closed it, and nothing came that nobody asked for."""
+        if self._end != self._start or self._outgoing:
+            return False
+        if self._tls is None:
+            return not self._poll.poll(0)
+        try:
+            self._tls.recv(1)
+        except ssl.SSLWantReadError:  # a session ticket may have come
+            return True
+        except OSError:
+            return False
+        return False
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def send(self, parts: list[Bytes]) -> None:
+        """Queue these, and write as much as goes at once; the rest goes while answers are read."""
+        self._outgoing.extend(memoryview(part) for part in parts)
+        self._write()
+
+    def _write(self) -> None:
+        """Write what goes without waiting."""
+        try:
+            while self._outgoing:
+                sent = self._write_some()
+                self.patience.moved()
+                while self._outgoing and sent >= len(self._outgoing[0]):
+                    sent -= len(self._outgoing.popleft())
+                if sent:
+                    self._outgoing[0] = self._outgoing[0][sent:]
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            pass
+        except OSError as error:
+            raise LostError(f"{self.peer}: {error.strerror or error}") from None
+
+    def _write_some(self) -> int:
+        if self._tls is not None:
+            return self._tls.send(self._outgoing[0])
+        return self._stream.sendmsg(list(islice(self._outgoing, _MAX_PARTS)))
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    def answer(self) -> Answer:
+        """The next answer, which is small: all of it together takes less than `MAX_ANSWER_BYTES`."""
+        self._room_bytes = MAX_ANSWER_BYTES
+        return self._element(0)
+
+    def _element(self, depth: int) -> Answer:
+        line = self._line()
+        kind = line[0] if line else 0
+        if kind == _INT:
+            return self._number(line)
+        if kind == _SIMPLE:
+            return bytes(line[1:])
+        if kind == _ERROR:
+            return ServerError(line[1:].decode(errors="replace"))
+        if kind == _BULK:
+            return self._text(line)
+        if kind == _ARRAY and depth < MAX_DEPTH:
+            return self._array(line, depth + 1)
+        raise self._surprise(line)
+
+    def _array(self, line: bytearray, depth: int) -> Answer:
+        length = self._number(line)
+        self._take_room(length * _ELEMENT_BYTES, line)
+        if length < 0:
+            return None
+        return [self._element(depth) for _ in range(length)]
+
+    def _take_room(self, nbytes: int, line: bytearray) -> None:
+        self._room_bytes -= nbytes
+        if self._room_bytes < 0:
+            raise self._surprise(line)
+
+    def answer_into(self, into: memoryview) -> "bool | ServerError":
+        """The next answer, a bulk of the length of `into`, straight into it.
+
+        False where it is nil, or has another length; then `into` is as it was.
+        """
+        nbytes = len(into)
+        line = self._line(_LINE_BYTES if nbytes >= _LARGE_BYTES else BUFFER_BYTES)
+        kind = line[0] if line else 0
+        if kind == _ERROR:
+            return ServerError(line[1:].decode(errors="replace"))
+        if kind != _BULK:
+            raise self._surprise(line)
+        announced = self._number(line)
+        if announced != nbytes:
+            if announced >= 0:
+                self._drain(announced)
+            return False
+        came = min(nbytes, self._end - self._start)
+        into[:came] = self._view[self._start : self._start + came]
+        self._start += came
+        while came < nbytes:
+            came += self._receive(into[came:])
+        self._end_of_bulk()
+        return True
+
+    def _line(self, at_most: int = BUFFER_BYTES) -> bytearray:
+        """The next line without its end. For it, no more than `at_most` bytes at once are taken off the stream."""
+        while (end := self._buffer.find(_CRLF, self._start, self._end)) < 0:
+            if self._end == BUFFER_BYTES:
+                self._compact()
+            if self._end == BUFFER_BYTES:
+                raise SurpriseError(f"{self.peer}: a line of {BUFFER_BYTES} bytes without an end")
+            self._fill(at_most)
+        line = self._buffer[self._start : end]
+        self._start = end + 2
+        return line
+
+    def _compact(self) -> None:
+        """Move what is left to the buffer's start."""
+        left = self._end - self._start
+        self._view[:left] = self._view[self._start : self._end]
+        self._start, self._end = 0, left
+
+    def _text(self, line: bytearray) -> bytes | None:
+        left = self._number(line)
+        if left < 0:
+            return None
+        self._take_room(left, line)
+        parts = []
+        while left:
+            if self._start == self._end:
+                self._fill()
+            taken = min(left, self._end - self._start)
+            parts.append(self._buffer[self._start : self._start + taken])
+            self._start += taken
+            left -= taken
+        self._end_of_bulk()
+        return b"".join(parts)
+
+    def _drain(self, nbytes: int) -> None:
+        """Read past a value that nobody wants, through the buffer."""
+        if nbytes > MAX_DRAINED_BYTES:
+            raise SurpriseError(f"{self.peer}: a value of {nbytes} bytes where none can be")
+        while nbytes:
+            if self._start == self._end:
+                self._fill()
+            taken = min(nbytes, self._end - self._start)
+            self._start += taken
+            nbytes -= taken
+        self._end_of_bulk()
+
+    def _end_of_bulk(self) -> None:
+        while self._end - self._start < len(_CRLF):
+            if BUFFER_BYTES - self._end < len(_CRLF):
+                self._compact()
+            self._fill(_LINE_BYTES)
+        if self._buffer[self._start : self._start + 2] != _CRLF:
+            raise SurpriseError(f"{self.peer}: a value does not end where it should")
+        self._start += 2
+
+    def _fill(self, at_most: int = BUFFER_BYTES) -> None:
+        """Take something off the stream, for which nothing is there yet, as far as we know."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        if self._tls is None or not self._tls.pending():
+            self._wait()
+        self._end += self._receive(self._view[self._end : self._end + at_most])
+
+    def _receive(self, into: memoryview) -> int:
+        """Bytes off the stream, at least one; waits for them only where there are none."""
+        while True:
+            try:
+                came = self._stream.recv_into(into)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait()
+                continue
+            except OSError as error:
+                raise LostError(f"{self.peer}: {error.strerror or error}") from None
+            if not came:
+                raise LostError(f"{self.peer}: it closed the connection")
+            self.patience.moved()
+            return came
+
+    def _wait(self) -> None:
+        """Until something can be read; write meanwhile."""
+        while True:
+            if self._outgoing:
+                self._write()
+            events = select.POLLIN | select.POLLOUT if self._outgoing else select.POLLIN
+            if events != self._events:
+                self._poll.modify(self._stream, events)
+                self._events = events
+            ready = self._poll.poll(1000 * self.patience.left_s)
+            if not ready:
+                raise StalledError(f"{self.peer}: nothing moved for {self.patience.budget_s * 1000:.0f} ms")
+            if ready[0][1] & ~select.POLLOUT:
+                return
+
+    def _number(self, line: bytearray) -> int:
+        try:
+            number = int(line[1:])
+        except ValueError:
+            raise self._surprise(line) from None
+        if number < -1 and line[0] != _INT:
+            raise self._surprise(line)
+        return number
+
+    def _surprise(self, line: bytearray) -> SurpriseError:
+        return SurpriseError(f"{self.peer}: it answered {bytes(line[:60])!r}")
