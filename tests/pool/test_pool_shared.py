@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvpool.pool.pool import Pool
-from kvpool.pool.results import LeaseState
+from kvpool.pool.results import LeaseState, Verdict
 from kvpool.resilience import Degradation
 from kvpool.tiers.tier import TierName
 
@@ -390,3 +390,24 @@ def test_closing_the_pool_ends_lookups_that_are_under_way(tmp_path: Path, warm: 
     go_on.set()
     closing.join(DEADLINE_S)
     assert not closing.is_alive()
+
+
+def test_explain_says_which_shared_tier_has_a_block_and_which_could_not_be_asked(
+    warm: Pool, cold: Pool, tier: MemoryTier
+) -> None:
+    store(warm.register(spec()), prompt(3))
+    flushed(warm)
+    model = cold.register(spec())
+    assert [report.tiers for report in model.explain(prompt(3))] == [(DRAGONFLY,)] * 3
+    assert {report.verdict for report in model.explain(prompt(3))} == {Verdict.HELD}
+    assert "Lease.wait" in model.explain(prompt(3))[0].detail
+    del tier.records[list(tier.records)[1]]
+    assert [report.verdict for report in model.explain(prompt(3))] == [
+        Verdict.HELD,
+        Verdict.NEVER_STORED,
+        Verdict.UNREACHABLE,
+    ]
+    tier.fault = "gone fishing"
+    (report, *_) = model.explain(prompt(3))
+    assert report.tiers == ()
+    assert "dragonfly is out and may have it (gone fishing)" in report.detail

@@ -1,10 +1,11 @@
 """Says of each block of a prompt where it is, or why it was a miss. Reads only."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
-from kvpool.blocks.identity import BlockKey, ModelIdentity, TreeId
+from kvpool.blocks.identity import BlockKey, Fingerprint, ModelIdentity, TreeId
 from kvpool.pool.engine import Tenants
+from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.results import BlockReport, Verdict
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.prefix.history import Fate, Loss
@@ -37,29 +38,36 @@ class Explainer:
         tenants: Tenants,
         store: SsdStore,
         models: Callable[[], Iterable[ModelIdentity]],
+        shared: Sequence[RemoteStore] = (),
+        readable: Callable[[Fingerprint], Iterable[int]] = lambda _: (),
     ) -> None:
         self._index = index
         self._tenants = tenants
         self._store = store
         self._models = models
+        self._shared = shared
+        self._readable = readable
 
     def explain(self, identity: ModelIdentity, tokens: bytes, tenant: str, extras: Extras | None) -> list[BlockReport]:
-        """One report for each whole block of `tokens`."""
+        """One report for each whole block of `tokens`. Shared tiers are asked for those that are not here."""
         tree_id = self._tenants.tree_id(identity.fingerprint, tenant)
         keys = self._tenants.chain(tree_id).keys(tokens, identity.layout.token_bytes, extras)
         levels = self._levels(tree_id, tokens, extras, len(keys))
-        reachable = [bool(held) and (held != [SSD] or self._store.readable) for held in levels]
+        here = [bool(held) and (held != [SSD] or self._store.readable) for held in levels]
+        elsewhere = self._held_elsewhere(tree_id, keys, here)
+        reachable = [bool(found) or is_here for found, is_here in zip(elsewhere, here, strict=True)]
         first_hole = reachable.index(False) if False in reachable else len(levels)
         erased = self._keys_before_erasure(identity, tree_id, tokens, extras)
         others = self._held_by_others(identity, tenant, tokens, extras, len(keys)) if first_hole < len(keys) else {}
         reports = []
         for index, (key, held) in enumerate(zip(keys, levels, strict=True)):
-            tiers = tuple(TierName(LEVEL_NAMES[level]) for level in held)
-            if held:
-                verdict, at_s, detail = self._held(index, held, tiers, first_hole)
+            tiers = _in_order(*(TierName(LEVEL_NAMES[level]) for level in held), *elsewhere[index])
+            if held or elsewhere[index]:
+                verdict, at_s, detail = self._held(index, held, elsewhere[index], tiers, first_hole)
             else:
                 fate = self._index.history.fate(key) or (self._index.history.fate(erased[index]) if erased else None)
                 verdict, at_s, detail = self._lost(fate, others.get(index), tree_id.epoch)
+                detail += self._unasked()
             reports.append(BlockReport(index, key, tiers, verdict, at_s, detail))
         return reports
 
@@ -67,14 +75,37 @@ class Explainer:
         tree = self._index.tree(tree_id)
         return [[] for _ in range(total)] if tree is None else levels_of(self._index, tree, tokens, extras)
 
+    def _held_elsewhere(
+        self, tree_id: TreeId, keys: Sequence[BlockKey], here: Sequence[bool]
+    ) -> list[tuple[TierName, ...]]:
+        """The shared tiers that have each block which is not here."""
+        asked = [at for at, is_here in enumerate(here) if not is_here]
+        found: list[tuple[TierName, ...]] = [()] * len(keys)
+        for store in self._shared if asked else ():
+            codecs = sorted(self._readable(tree_id.fingerprint))
+            answer = store.find(tree_id, [keys[at] for at in asked], codecs)
+            for at, block in zip(asked, answer, strict=True):
+                if block is not None:
+                    found[at] += (store.name,)
+        return found
+
+    def _unasked(self) -> str:
+        """What is to be said of shared tiers that could not be asked."""
+        out = [
+            f"{store.name} is out and may have it ({store.last_error})" for store in self._shared if not store.usable
+        ]
+        return "".join(f"; {sentence}" for sentence in out)
+
     def _held(
-        self, index: int, held: list[int], tiers: tuple[TierName, ...], first_hole: int
+        self, index: int, held: list[int], elsewhere: Sequence[TierName], tiers: tuple[TierName, ...], first_hole: int
     ) -> tuple[Verdict, float | None, str]:
         where = " and ".join(tiers)
-        if held == [SSD] and not self._store.readable:
+        if held == [SSD] and not elsewhere and not self._store.readable:
             return Verdict.TIER_DOWN, None, f"in {where} only, which is out: {self._store.last_error}"
         if index > first_hole:
             return Verdict.UNREACHABLE, None, f"in {where}, but block {first_hole} before it cannot be had"
+        if not held:
+            return Verdict.HELD, None, f"in {where}, which is asked by Lease.wait and not by a match"
         return Verdict.HELD, None, f"in {where}"
 
     def _lost(self, fate: Fate | None, other: str | None, epoch: int) -> tuple[Verdict, float | None, str]:
@@ -112,6 +143,11 @@ class Explainer:
                 if held:
                     found.setdefault(index, _difference(identity, other))
         return found
+
+
+def _in_order(*tiers: TierName) -> tuple[TierName, ...]:
+    """Fastest first."""
+    return tuple(tier for tier in TierName if tier in tiers)
 
 
 def _difference(ours: ModelIdentity, theirs: ModelIdentity) -> str:

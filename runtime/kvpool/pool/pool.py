@@ -85,7 +85,14 @@ class Pool:
             shared=shared or (),
         )
         self._engine.shared_marks = load_shared(directory.path)
-        explainer = Explainer(self._engine.index, self._engine.tenants, self._engine.store, self._registry.known)
+        explainer = Explainer(
+            self._engine.index,
+            self._engine.tenants,
+            self._engine.store,
+            self._registry.known,
+            () if self._engine.remote is None else self._engine.remote.stores,
+            self._engine.encodings.readable,
+        )
         self._roster = Roster(self._registry, self._engine, explainer, config, self.directory)
         self._chores = Chores(self._engine, self._roster.forget_trees)
 

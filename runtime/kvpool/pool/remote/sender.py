@@ -28,6 +28,8 @@ from kvpool.tiers.extents import Bytes
 from kvpool.tiers.tier import Sealed
 
 MAX_QUEUED = 16_384
+LINGER_S = 0.002
+"""How long a thread that was idle leaves the interpreter to the caller whose store woke it."""
 RUN_BYTES = 8 << 20
 """About so much is sent at once."""
 _log = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class Sender:
             if len(self._queue) >= MAX_QUEUED:
                 overflow = self._queue.popleft()
             self._queue.append(parcel)
-            self._changed.notify()
+            if len(self._queue) == 1:
+                self._changed.notify()
         if overflow is not None:
             self._drop(overflow, "queue-full")
 
@@ -131,6 +134,8 @@ class Sender:
         with self._changed:
             while not self._queue and not self._closed:
                 self._changed.wait()
+                if self._queue and not self._closed:
+                    self._changed.wait(LINGER_S)
             if self._closed:
                 return None
             self._active += 1
