@@ -12,6 +12,7 @@ import numpy as np
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import Buffer
+from kvpool.config import RuntimeConfig
 from kvpool.pool.pool import Pool
 from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
 
@@ -111,6 +112,12 @@ class Shared:
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         return fingerprint not in self.refuses
+
+    def keep(self) -> None:
+        """There is no server."""
+
+    def reconfigure(self, config: RuntimeConfig) -> None:
+        """There is nothing to be changed."""
 
     def close(self) -> None:
         """It outlives each pool."""

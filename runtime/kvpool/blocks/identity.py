@@ -20,6 +20,8 @@ Fingerprint = NewType("Fingerprint", bytes)
 TenantDigest = NewType("TenantDigest", bytes)
 """16 bytes: what stands for a tenant's name outside this process."""
 
+ALL_TENANTS = TenantDigest(bytes(16))
+"""Stands for every tenant where epochs are kept: no name has this digest, as far as anybody knows."""
 KEY_BYTES = 16
 SECRET_BYTES = 32
 MAX_EXTRA_KEY_BYTES = 1024

@@ -127,6 +127,24 @@ class Epochs:
             self._saved = False
             return True
 
+    def floor_at_least(self, epoch: int) -> bool:
+        """Adopt a floor that was seen elsewhere if it is higher; whether it was. Durable after `save`."""
+        if not 0 <= epoch <= MAX_EPOCH:
+            raise InputError(f"epoch {epoch} is none: 0 to {MAX_EPOCH}")
+        with self._lock:
+            floor, own = self._state
+            if epoch <= floor:
+                return False
+            self._state = epoch, {tenant: higher for tenant, higher in own.items() if higher > epoch}
+            self._saved = False
+            return True
+
+    def known(self) -> tuple[int, dict[TenantDigest, int]]:
+        """The floor, and a copy of all epochs above it."""
+        with self._lock:
+            floor, own = self._state
+            return floor, {tenant: epoch for tenant, epoch in own.items() if epoch > floor}
+
     def save(self) -> None:
         """Make what was adopted durable; nothing is written when it is. Raises `OSError`."""
         with self._lock:

@@ -349,6 +349,8 @@ class Pool:
             engine.store.resize(config.ssd)
         self._roster.reconfigure(config)
         engine.settings = live_settings(config)
+        if engine.remote is not None:
+            engine.remote.reconfigure(config)
         engine.index.sharing = sharing_rules(config)
         engine.index.limit_bytes = config.ram.index_bytes
         if config.ram.capacity_bytes != engine.ram.capacity_bytes:

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from kvpool.blocks.identity import Fingerprint
+from kvpool.config import RuntimeConfig
 from kvpool.tiers.tier import KeyedTier, TierName
 
 
@@ -17,6 +18,14 @@ class Connector(Protocol):
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         """Whether blocks of a model go there at all."""
+        ...
+
+    def keep(self) -> None:
+        """Start the server again, if it is ours to run and has ended. Raises `TierUnavailableError`."""
+        ...
+
+    def reconfigure(self, config: RuntimeConfig) -> None:
+        """Take over what of another configuration can change while the pool is open."""
         ...
 
     def close(self) -> None:

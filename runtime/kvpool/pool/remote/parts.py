@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.remote.lookup import Lookup, LookupParts, Prompt, Sources
 from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.sending import Parcel, new_parcel, used_parcel
+from kvpool.resilience import BreakerState
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 MAX_LOOKUPS = 64
@@ -109,16 +111,15 @@ class Remote:
         return [
             self.begin_round,
             self.connect,
-            *(store.probe for store in self.stores),
             *(store.note_usage for store in self.stores),
         ]
 
     def connect(self) -> None:
-        """Connect the tiers that are not connected, all at once, each when it is time to try again."""
+        """Connect the tiers that are not connected, and probe those that are out: all at once, when it is time."""
         waiting = [
             threading.Thread(target=self._connect, args=each, name="kvpool-connect", daemon=True)
             for each in zip(self.stores, self._connectors, strict=True)
-            if each[0].tier is None and each[0].breaker.allows()
+            if each[0].breaker.state is not BreakerState.CLOSED or each[0].tier is None
         ]
         for thread in waiting:
             thread.start()
@@ -127,13 +128,23 @@ class Remote:
 
     @staticmethod
     def _connect(store: RemoteStore, connector: Connector) -> None:
+        """Connect it, or start its server again and see whether it answers."""
         try:
-            store.publish(connector.connect())
+            if store.tier is not None:
+                connector.keep()
+                store.probe()
+            elif store.breaker.allows():
+                store.publish(connector.connect())
         except TierUnavailableError as error:
             store.fell_out(error.reason)
         except Exception as error:  # the thread's top
             _log.exception("%s tier: connecting", store.name)
             store.fell_out(f"{type(error).__name__}: {error}")
+
+    def reconfigure(self, config: RuntimeConfig) -> None:
+        """Take over what of another configuration can change while the pool is open."""
+        for connector in self._connectors:
+            connector.reconfigure(config)
 
     def begin_round(self) -> None:
         """Begin another round if it is time."""

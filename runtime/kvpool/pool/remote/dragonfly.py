@@ -1,0 +1,90 @@
+"""Connects the dragonfly tier: to a server that runs elsewhere, or to one that is started here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvpool.blocks.identity import Fingerprint
+from kvpool.config import DragonflyConfig, RuntimeConfig
+from kvpool.config.service import ServiceAddress, read_service
+from kvpool.local import LocalServer, LocalServerError, local_redis
+from kvpool.pool.remote.epoch_sync import EpochSync
+from kvpool.tiers.dragonfly.tier import DragonflyTier
+from kvpool.tiers.tier import TierName, TierUnavailableError
+
+SCHEMES = ("redis", "rediss", "unix")
+
+
+class DragonflyConnector:
+    """A `Connector`. `services` has a folder for each server that runs elsewhere, `local` is where one here lives."""
+
+    name = TierName.DRAGONFLY
+
+    def __init__(self, config: DragonflyConfig, services: Path, local: Path, epochs: EpochSync) -> None:
+        self._config = config
+        self._services = services
+        self._local = local
+        self._epochs = epochs
+        self._server: LocalServer | None = None
+        self._tier: DragonflyTier | None = None
+
+    def connect(self) -> DragonflyTier:
+        """As `Connector` says. Not before it is known what was erased meanwhile."""
+        if not self._epochs.trusted:
+            raise TierUnavailableError(self.name, "not used before the catalog has said which tenants were erased")
+        config = self._config
+        if config.secret is None:
+            self._start()
+        tier = DragonflyTier(
+            self._address,
+            ttl_s=config.ttl_s,
+            connections=config.connections,
+            batch_size=config.batch_size,
+            budget_s=config.budget_s,
+            tls=config.tls,
+        )
+        try:
+            tier.usage()
+        except BaseException:
+            tier.close()
+            raise
+        self._tier = self._epochs.hints = tier
+        return tier
+
+    def is_wanted(self, fingerprint: Fingerprint) -> bool:
+        """All blocks go there."""
+        return True
+
+    def keep(self) -> None:
+        """As `Connector` says."""
+        if self._server is not None and not self._server.alive:
+            self._start()
+
+    def reconfigure(self, config: RuntimeConfig) -> None:
+        """As `Connector` says."""
+        if config.dragonfly is None:
+            return
+        self._config = config.dragonfly
+        if self._tier is not None:
+            self._tier.ttl_s = self._config.ttl_s
+            self._tier.batch_size = self._config.batch_size
+            self._tier.budget_s = self._config.budget_s
+
+    def close(self) -> None:
+        """As `Connector` says."""
+        self._epochs.hints = None
+        if self._server is not None:
+            self._server.stop()
+
+    def _start(self) -> None:
+        try:
+            if self._server is None:
+                assert self._config.memory_bytes is not None
+                self._server = local_redis(self._local, memory_bytes=self._config.memory_bytes)
+            self._server.start()
+        except LocalServerError as error:
+            raise TierUnavailableError(self.name, str(error)) from error
+
+    def _address(self) -> ServiceAddress:
+        folder = self._server.folder if self._server is not None else self._services / str(self._config.secret)
+        return read_service(folder, schemes=SCHEMES)
