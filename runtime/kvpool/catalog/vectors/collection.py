@@ -1,0 +1,37 @@
+"""Points and hits as payloads of the collection, whose layout is in `layout`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
+from kvpool.catalog.vectors.contract import Hit, Point
+from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, TENANT, TOKENS
+
+
+def payload_of(point: Point) -> dict[str, str | int]:
+    """What is kept beside the vector."""
+    return {
+        **tree_fields(point.tree),
+        AT: point.at_ms,
+        LEAF: point.leaf.hex(),
+        BLOCKS: point.blocks,
+        TOKENS: point.tokens,
+    }
+
+
+def tree_fields(tree: TreeId) -> dict[str, str | int]:
+    """The fields that every search asks for, and their values."""
+    return {MODEL: tree.fingerprint.hex(), TENANT: tree.tenant.hex(), EPOCH: tree.epoch}
+
+
+def hit_of(score: float, payload: Mapping[str, Any] | None, tree: TreeId) -> Hit | None:
+    """What a search found; None for what is not ours, or not of this tree, whoever says that it matches."""
+    said = payload or {}
+    if any(said.get(name) != value for name, value in tree_fields(tree).items()):
+        return None
+    try:
+        leaf = BlockKey(bytes.fromhex(said[LEAF]))
+        hit = Hit(score, leaf, int(said[BLOCKS]), int(said[TOKENS]), int(said[AT]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return hit if len(leaf) == KEY_BYTES else None

@@ -1,0 +1,29 @@
+"""How the collection is laid out, the same on a server and on a disk of ours.
+
+Name `kvpool-prompts-1`; one unnamed vector of 512 float32 a point, compared by cosine. A point's id is the UUID made of
+its prompt's last block key. Its payload:
+
+    field   index                what
+    model   keyword              fingerprint, 64 hexadecimal digits
+    tenant  keyword, is_tenant   keyed digest, 32 hexadecimal digits
+    epoch   integer              of the tenant, when the prompt was stored
+    at      integer, range       milliseconds since 1970; the smallest goes first where there are too many
+    leaf    none                 key of the last whole block, 32 hexadecimal digits
+    blocks  none                 how many blocks that is
+    tokens  none                 how many tokens the prompt had
+
+A search always filters by model, tenant and epoch. No token, no text and no name is in it.
+"""
+
+NAME = "kvpool-prompts-1"
+SIZE = 512
+DISTANCE = "Cosine"
+MODEL, TENANT, EPOCH, AT = "model", "tenant", "epoch", "at"
+LEAF, BLOCKS, TOKENS = "leaf", "blocks", "tokens"
+
+HNSW_EDGES = 16
+HNSW_BUILD_CANDIDATES = 100
+HNSW_SEARCH_CANDIDATES = 64
+"""Measured with 100,000 chat prompts: 0.99 of the ten nearest are found."""
+FULL_SCAN_KB = 2_000
+"""Below so many kilobytes of vectors, 1,000 prompts, all are compared."""
