@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,11 +28,14 @@ from kvpool.pool.gpu_parts import Gpu
 from kvpool.pool.gpu_promotion import Promoter
 from kvpool.pool.gpu_store import GpuOpener, GpuStore
 from kvpool.pool.memory import Memory
+from kvpool.pool.node_file import load_or_create_node
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.lookup import LookupParts
+from kvpool.pool.remote.opening import connectors
 from kvpool.pool.remote.parts import Remote
 from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.store import RemoteStore
@@ -66,13 +70,17 @@ def assemble(
     is_unregistered: Callable[[Fingerprint], bool],
     is_known_name: Callable[[str], bool],
     wake: Callable[[], None],
+    adopted: Callable[[], None],
     disk: Disk | None,
     gpu: GpuOpener,
-    shared: Sequence[Connector],
+    shared: Sequence[Connector] | None,
 ) -> Engine:
     """Make the parts and start their threads. The gpu and ssd tiers are opened by the caller."""
     secret = load_or_create_secret(directory.path, config.secret_file)
     epochs = Epochs.load(directory.path, is_new=directory.is_new)
+    epoch_sync = EpochSync(
+        epochs, load_or_create_node(directory.path), f"{config.name}@{socket.gethostname()}", adopted=adopted
+    )
     ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages, page_lock=_page_lock(config, gpu))
     ram.start_prefault()
     policy = POLICIES[config.policy.eviction.value]
@@ -155,14 +163,30 @@ def assemble(
         ram_encoder=ram_encoder,
         gpu=gpu_parts,
         remote=None,
+        epoch_sync=epoch_sync,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
         is_known_name=is_known_name,
         wake=wake,
     )
+    if shared is None:
+        shared = connectors(
+            config,
+            directory.path,
+            epoch_sync,
+            record_bytes_of=lambda fingerprint: _record_bytes(encodings, layout_of(fingerprint), fingerprint),
+        )
     if shared:
         engine.remote = make_remote(config, engine, sealer, shared, payload_bytes_of=payload_bytes_of)
     return engine
+
+
+def _record_bytes(encodings: Encodings, layout: KVLayout | None, fingerprint: Fingerprint) -> int | None:
+    """How long a model's records are in the database tier."""
+    codec = encodings.codec(fingerprint, DATABASE)
+    if codec is not None:
+        return codec.record_bytes
+    return None if layout is None else layout.record_bytes
 
 
 def make_remote(
@@ -184,6 +208,7 @@ def make_remote(
         workers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-lookup"),
         askers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-ask"),
         is_stale=engine.tenants.is_stale,
+        look_at_hint=engine.epoch_sync.look_at_hint,
         count_skipped=engine.traffic.count_skipped,
     )
     senders = [
@@ -260,11 +285,9 @@ def sharing_rules(config: RuntimeConfig) -> SharingRules:
 
 def notices(config: RuntimeConfig) -> tuple[str, ...]:
     """What the configuration asks for and this version does not have, a sentence each."""
-    found = [
-        f"tiers.{name} is not used: this version has the gpu, ram and ssd tiers"
-        for name, tier in (("dragonfly", config.dragonfly), ("database", config.database))
-        if tier is not None
-    ]
+    found = []
+    if config.database is not None and config.database.qdrant is not None:
+        found.append("tiers.database.qdrant is not used: this version has no semantic prefetch")
     return tuple(found)
 
 

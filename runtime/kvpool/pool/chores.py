@@ -11,12 +11,14 @@ from kvpool.errors import KvpoolError
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
 from kvpool.pool.reading import TIER_OUT, ReadJob
+from kvpool.pool.remote.parts import Remote
 from kvpool.pool.restoring import use_tier
 from kvpool.prefix.accounts import Account
 from kvpool.prefix.heads import edge_heads
 from kvpool.prefix.node import GPU, LEVELS, NOWHERE, SSD, Node
 from kvpool.resilience import BreakerState
 from kvpool.tiers.ssd.place import bytes_of
+from kvpool.tiers.tier import TierName, TierUnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,22 @@ class Chores:
         """Those that may be held up by one."""
         return [self.reopen_ssd, self.free_segments]
 
+    def in_shared(self, remote: Remote) -> list[Callable[[], None]]:
+        """Those that wait for shared tiers, each no longer than its budget."""
+        return [*remote.chores(), self.follow_epochs]
+
+    def follow_epochs(self) -> None:
+        """Hear what was erased elsewhere, and say that this node lives."""
+        sync = self._engine.epoch_sync
+        remote = self._engine.remote
+        database = None if remote is None else remote.store(TierName.DATABASE)
+        if database is None or not database.usable:
+            return
+        try:
+            sync.step()
+        except TierUnavailableError as error:
+            database.fell_out(error.reason)
+
     def bury(self) -> None:
         """Give back what is left of erased trees."""
         index = self._engine.index
@@ -62,7 +80,12 @@ class Chores:
     def reopen_ssd(self) -> None:
         """Open the ssd tier if it could not be opened before."""
         store = self._engine.store
-        if not store.configured or store.tier is not None or not store.writes.allows():
+        if not store.configured or store.tier is not None:
+            return
+        if not self._engine.epoch_sync.trusted:
+            store.last_error = "not used before the catalog has said which tenants were erased"
+            return
+        if not store.writes.allows():
             return
         try:
             tier = store.open()

@@ -25,6 +25,7 @@ from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import Readers
 from kvpool.pool.reclaim import Reclaimer
+from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.parts import Remote
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.traffic import Traffic
@@ -119,6 +120,7 @@ class Engine:
     ram_encoder: RamEncoder
     gpu: Gpu | None
     """None: the configuration has no gpu tier."""
+    epoch_sync: EpochSync
     remote: Remote | None
     """None: the configuration has no tier that is shared."""
     identity_of: Identities

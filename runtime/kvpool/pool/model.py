@@ -239,7 +239,11 @@ class Model:
     def forget_trees(self) -> None:
         """Look all tenants' trees up anew: epochs may have been raised."""
         with self._engine.tenants.lock:
-            self._trees = {}
+            self.forget_trees_unlocked()
+
+    def forget_trees_unlocked(self) -> None:
+        """`forget_trees`, with the tenants' lock held."""
+        self._trees = {}
 
     def unregister(self) -> None:
         """Nothing can be matched or stored any more. Call with the tenants' lock held."""

@@ -82,7 +82,8 @@ class Pool:
             wake=self._memory_keeper.wake,
             disk=disk,
             gpu=gpu or TorchDevice(),
-            shared=shared or (),
+            adopted=self._note_adopted,
+            shared=shared,
         )
         self._engine.shared_marks = load_shared(directory.path)
         explainer = Explainer(
@@ -272,7 +273,9 @@ class Pool:
         if engine.gpu is not None:
             engine.gpu.store.open()
         self._roster.start()
-        tier = engine.store.open()
+        if engine.remote is not None:  # before what lies on SSD is believed: who was erased meanwhile?
+            engine.remote.connect()
+        tier = engine.store.open() if engine.epoch_sync.trusted else None
         if tier is not None:
             use_tier(engine, tier)
         if not engine.tenants.epochs.trusted:
@@ -290,8 +293,7 @@ class Pool:
             engine.gpu.store.wake = self._gpu_keeper.wake
             self._gpu_keeper.start(engine.gpu.chores())
         if engine.remote is not None:
-            engine.remote.connect()
-            self._remote_keeper.start(engine.remote.chores())
+            self._remote_keeper.start(self._chores.in_shared(engine.remote))
 
     def _close(self, deadline_s: float) -> None:
         """Whatever happens on the way, also Ctrl-C, everything below is given back."""
@@ -338,6 +340,16 @@ class Pool:
     def _save_shared(self) -> None:
         if self._engine.store.tier is not None:  # else nothing that is shared outlives this process
             save_shared(self.directory, self._engine.index)
+
+    def _note_adopted(self) -> None:
+        """Epochs were raised elsewhere: what is older cannot be matched from now on."""
+        tenants, index = self._engine.tenants, self._engine.index
+        with tenants.lock:
+            for model in self.models():
+                model.forget_trees_unlocked()
+            for tree in trees_of(self._engine, lambda one: one.epoch < tenants.epochs.of(one.tenant)):
+                index.erase(tree)
+        self._memory_keeper.wake()
 
     def _note_closed(self) -> None:
         self._closed = True

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, TenantDigest
 from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.record import CODEC_NONE, Buffer, CorruptRecordError, Head, open_record
 from kvpool.pool.encodings import Encodings
@@ -57,6 +57,8 @@ class LookupParts:
     """Run what lookups wait for, and nothing that waits for others."""
     is_stale: Callable[[PrefixTree], bool]
     """Whether a tree is of an epoch that was erased."""
+    look_at_hint: Callable[[TenantDigest], None]
+    """Notices that the tenant was erased elsewhere, if that is noted where one can look quickly."""
     count_skipped: Callable[[int], None]
     """Told of blocks that were not read, since computing them is quicker."""
 
@@ -166,6 +168,7 @@ class Lookup:
 
     def _pin(self) -> Pin:
         """A lease of the lookup's own, on what is here by now."""
+        self._parts.look_at_hint(self._prompt.tree.id.tenant)
         pin = self._parts.index.match(self._prompt.tree, self._prompt.tokens, self._prompt.extras)
         if self._parts.is_stale(pin.tree):  # erased while it was not in the index, and entered again by this match
             self._parts.index.erase(pin.tree)

@@ -59,6 +59,10 @@ class Remote:
         """Whether any shared tier can be asked."""
         return any(store.usable for store in self.stores)
 
+    def store(self, name: TierName) -> RemoteStore | None:
+        """The store of a tier; None where there is no such tier."""
+        return next((store for store in self.stores if store.name is name), None)
+
     def send_new(self, pin: Pin, first: int) -> None:
         """The pinned blocks from `first` on were stored just now: send them. Never waits."""
         if self.usable:

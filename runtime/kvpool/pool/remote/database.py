@@ -1,0 +1,102 @@
+"""Connects the database tier: PostgreSQL that runs elsewhere, or one that is started here, and what is kept there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from kvpool.blocks.identity import Fingerprint
+from kvpool.catalog.authority import Authority
+from kvpool.catalog.connections import Connections
+from kvpool.catalog.migrations import Schema
+from kvpool.catalog.payloads import PayloadTier
+from kvpool.config import DatabaseConfig, RuntimeConfig
+from kvpool.config.service import ServiceAddress, read_service
+from kvpool.local import LocalServer, LocalServerError, local_postgres
+from kvpool.pool.remote.epoch_sync import EpochSync
+from kvpool.tiers.tier import TierName, TierUnavailableError
+
+SCHEMES = ("postgresql", "postgres")
+_log = logging.getLogger(__name__)
+
+
+class DatabaseConnector:
+    """A `Connector`, and the database itself for what else is kept there. As `DragonflyConnector` otherwise."""
+
+    name = TierName.DATABASE
+
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        services: Path,
+        local: Path,
+        epochs: EpochSync,
+        *,
+        record_bytes_of: Callable[[Fingerprint], int | None],
+    ) -> None:
+        self.schema = Schema()
+        self.connections = Connections(
+            self._address, size=config.postgres.connections, budget_s=config.budget_s, tls=config.postgres.tls
+        )
+        self.authority = epochs.authority = Authority(self.connections, self.schema)
+        self._config = config
+        self._services = services
+        self._local = local
+        self._epochs = epochs
+        self._record_bytes_of = record_bytes_of
+        self._server: LocalServer | None = None
+
+    def connect(self) -> PayloadTier:
+        """As `Connector` says; afterwards it is known which tenants were erased."""
+        if self._config.postgres.secret is None:
+            self._start()
+        try:
+            self._epochs.step()
+        except OSError as error:
+            raise TierUnavailableError(self.name, f"epochs cannot be kept: {error.strerror or error}") from error
+        tier = PayloadTier(
+            self.connections,
+            self.schema,
+            inline_max_bytes=self._config.inline_max_bytes,
+            inline_bytes=self._config.inline_bytes,
+        )
+        tier.usage()
+        return tier
+
+    def is_wanted(self, fingerprint: Fingerprint) -> bool:
+        """Whether a model's records are small enough to be kept in the database."""
+        record_bytes = self._record_bytes_of(fingerprint)
+        return record_bytes is not None and record_bytes <= self._config.inline_max_bytes
+
+    def keep(self) -> None:
+        """As `Connector` says."""
+        if self._server is not None and not self._server.alive:
+            self._start()
+
+    def reconfigure(self, config: RuntimeConfig) -> None:
+        """As `Connector` says."""
+        if config.database is not None:
+            self._config = config.database
+            self.connections.budget_s = config.database.budget_s
+
+    def close(self) -> None:
+        """As `Connector` says."""
+        self.connections.close()
+        if self._server is not None:
+            try:
+                self._server.stop()
+            except LocalServerError as error:
+                _log.warning("%s", error)
+
+    def _start(self) -> None:
+        try:
+            if self._server is None:
+                self._server = local_postgres(self._local, connections=self._config.postgres.connections)
+            self._server.start()
+        except LocalServerError as error:
+            raise TierUnavailableError(self.name, str(error)) from error
+
+    def _address(self) -> ServiceAddress:
+        folder = self._server.folder if self._server is not None else self._services / str(self._config.postgres.secret)
+        return read_service(folder, schemes=SCHEMES)
