@@ -69,6 +69,7 @@ class _Guard:
         self._pool_is_gone = False
 
     def run(self) -> int:
+        os.umask(0o077)
         kernel.adopt_orphans()
         wake, wake_end = os.pipe()
         output, output_end = os.pipe()

@@ -21,6 +21,8 @@ _PORT = 5432
 _RESERVE = 8
 """Connections beyond those of the tier: a person's psql, and the server's own reserve."""
 _GRACE_S = 60.0
+_WRONG_PASSWORD = "password authentication failed"
+"""What the server says of it; our settings keep it to English, and there is no code while connecting."""
 _STATUS_LINE = 7
 """Of postmaster.pid, counted from 0."""
 
@@ -105,12 +107,12 @@ class PostgresRecipe:
             ) as connection:
                 if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
                     connection.execute(f"CREATE DATABASE {DATABASE}")
-        except psycopg.errors.InvalidPassword as error:
-            raise LocalServerError(
-                f"the password in {place.password} is not that of the data in {place.data}: "
-                f"put the right one there, or move {place.home} away to begin anew"
-            ) from error
-        except psycopg.OperationalError:
+        except psycopg.OperationalError as error:
+            if _WRONG_PASSWORD in str(error):
+                raise LocalServerError(
+                    f"the password in {place.password} is not that of the data in {place.data}: "
+                    f"put the right one there, or move {place.home} away to begin anew"
+                ) from error
             return False
         return True
 
@@ -163,7 +165,7 @@ def _says_that_it_is_ready(place: Place) -> bool:
 
 def _major(home: Path) -> int | None:
     """The version that wrote the data; None where there are none."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # where it cannot be read, the start will say so
         match = re.match(r"\d+", (home / "data" / "PG_VERSION").read_text())
         return int(match[0]) if match else None
     return None
