@@ -21,7 +21,7 @@ _PORT = 5432
 _RESERVE = 8
 """Connections beyond those of the tier: a person's psql, and the server's own reserve."""
 _GRACE_S = 60.0
-_WRONG_PASSWORD = "password authentication failed"
+_REFUSAL = "password authentication failed"
 """What the server says of it; our settings keep it to English, and there is no code while connecting."""
 _STATUS_LINE = 7
 """Of postmaster.pid, counted from 0."""
@@ -108,7 +108,7 @@ class PostgresRecipe:
                 if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
                     connection.execute(f"CREATE DATABASE {DATABASE}")
         except psycopg.OperationalError as error:
-            if _WRONG_PASSWORD in str(error):
+            if _REFUSAL in str(error):
                 raise LocalServerError(
                     f"the password in {place.password} is not that of the data in {place.data}: "
                     f"put the right one there, or move {place.home} away to begin anew"
