@@ -113,7 +113,7 @@ class Shared:
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         return fingerprint not in self.refuses
 
-    def keep(self) -> None:
+    def start(self) -> None:
         """There is no server."""
 
     def reconfigure(self, config: RuntimeConfig) -> None:

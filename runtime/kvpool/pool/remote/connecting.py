@@ -12,16 +12,16 @@ class Connector(Protocol):
 
     name: TierName
 
+    def start(self) -> None:
+        """Start the server, if it is ours to run and does not. Raises `TierUnavailableError`."""
+        ...
+
     def connect(self) -> KeyedTier:
         """A tier that has answered. Raises `TierUnavailableError`: to be tried again later."""
         ...
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         """Whether blocks of a model go there at all."""
-        ...
-
-    def keep(self) -> None:
-        """Start the server again, if it is ours to run and has ended. Raises `TierUnavailableError`."""
         ...
 
     def reconfigure(self, config: RuntimeConfig) -> None:

@@ -47,10 +47,19 @@ class DatabaseConnector:
         self._record_bytes_of = record_bytes_of
         self._server: LocalServer | None = None
 
+    def start(self) -> None:
+        """As `Connector` says."""
+        if self._config.postgres.secret is not None:
+            return
+        try:
+            if self._server is None:
+                self._server = local_postgres(self._local, connections=self._config.postgres.connections)
+            self._server.start()
+        except LocalServerError as error:
+            raise TierUnavailableError(self.name, str(error)) from error
+
     def connect(self) -> PayloadTier:
         """As `Connector` says; afterwards it is known which tenants were erased."""
-        if self._config.postgres.secret is None:
-            self._start()
         try:
             self._epochs.step()
         except OSError as error:
@@ -69,11 +78,6 @@ class DatabaseConnector:
         record_bytes = self._record_bytes_of(fingerprint)
         return record_bytes is not None and record_bytes <= self._config.inline_max_bytes
 
-    def keep(self) -> None:
-        """As `Connector` says."""
-        if self._server is not None and not self._server.alive:
-            self._start()
-
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""
         if config.database is not None:
@@ -88,14 +92,6 @@ class DatabaseConnector:
                 self._server.stop()
             except LocalServerError as error:
                 _log.warning("%s", error)
-
-    def _start(self) -> None:
-        try:
-            if self._server is None:
-                self._server = local_postgres(self._local, connections=self._config.postgres.connections)
-            self._server.start()
-        except LocalServerError as error:
-            raise TierUnavailableError(self.name, str(error)) from error
 
     def _address(self) -> ServiceAddress:
         folder = self._server.folder if self._server is not None else self._services / str(self._config.postgres.secret)

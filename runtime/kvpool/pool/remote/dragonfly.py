@@ -28,13 +28,23 @@ class DragonflyConnector:
         self._server: LocalServer | None = None
         self._tier: DragonflyTier | None = None
 
+    def start(self) -> None:
+        """As `Connector` says."""
+        if self._config.secret is not None:
+            return
+        try:
+            if self._server is None:
+                assert self._config.memory_bytes is not None
+                self._server = local_redis(self._local, memory_bytes=self._config.memory_bytes)
+            self._server.start()
+        except LocalServerError as error:
+            raise TierUnavailableError(self.name, str(error)) from error
+
     def connect(self) -> DragonflyTier:
         """As `Connector` says. Not before it is known what was erased meanwhile."""
         if not self._epochs.trusted:
             raise TierUnavailableError(self.name, "not used before the catalog has said which tenants were erased")
         config = self._config
-        if config.secret is None:
-            self._start()
         tier = DragonflyTier(
             self._address,
             ttl_s=config.ttl_s,
@@ -55,11 +65,6 @@ class DragonflyConnector:
         """All blocks go there."""
         return True
 
-    def keep(self) -> None:
-        """As `Connector` says."""
-        if self._server is not None and not self._server.alive:
-            self._start()
-
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""
         if config.dragonfly is None:
@@ -75,15 +80,6 @@ class DragonflyConnector:
         self._epochs.hints = None
         if self._server is not None:
             self._server.stop()
-
-    def _start(self) -> None:
-        try:
-            if self._server is None:
-                assert self._config.memory_bytes is not None
-                self._server = local_redis(self._local, memory_bytes=self._config.memory_bytes)
-            self._server.start()
-        except LocalServerError as error:
-            raise TierUnavailableError(self.name, str(error)) from error
 
     def _address(self) -> ServiceAddress:
         folder = self._server.folder if self._server is not None else self._services / str(self._config.secret)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.connecting import Connector
@@ -14,7 +15,6 @@ from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.sending import Parcel, new_parcel, used_parcel
-from kvpool.resilience import BreakerState
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 MAX_LOOKUPS = 64
@@ -119,31 +119,47 @@ class Remote:
         ]
 
     def connect(self) -> None:
-        """Connect the tiers that are not connected, and probe those that are out: all at once, when it is time."""
-        waiting = [
-            threading.Thread(target=self._connect, args=each, name="kvpool-connect", daemon=True)
-            for each in zip(self.stores, self._connectors, strict=True)
-            if each[0].breaker.state is not BreakerState.CLOSED or each[0].tier is None
+        """Start servers of ours that do not run, all at once; then connect what is not, and probe what is out.
+
+        In turn, the authority on epochs first: the others wait for it.
+        """
+        away = [
+            (store, connector)
+            for store, connector in zip(self.stores, self._connectors, strict=True)
+            if not store.usable and (store.tier is not None or store.breaker.allows())
         ]
-        for thread in waiting:
+        starting = [
+            threading.Thread(target=self._noting(store, connector.start), name="kvpool-start", daemon=True)
+            for store, connector in away
+        ]
+        for thread in starting:
             thread.start()
-        for thread in waiting:
+        for thread in starting:
             thread.join()
+        for store, connector in reversed(away):
+            self._noting(store, partial(self._connect, store, connector))()
 
     @staticmethod
     def _connect(store: RemoteStore, connector: Connector) -> None:
-        """Connect it, or start its server again and see whether it answers."""
-        try:
-            if store.tier is not None:
-                connector.keep()
-                store.probe()
-            elif store.breaker.allows():
-                store.publish(connector.connect())
-        except TierUnavailableError as error:
-            store.fell_out(error.reason)
-        except Exception as error:  # the thread's top
-            _log.exception("%s tier: connecting", store.name)
-            store.fell_out(f"{type(error).__name__}: {error}")
+        if store.tier is None:
+            store.publish(connector.connect())
+        else:
+            store.probe()
+
+    @staticmethod
+    def _noting(store: RemoteStore, act: Callable[[], None]) -> Callable[[], None]:
+        """`act`, with what goes wrong noted in the store."""
+
+        def noting() -> None:
+            try:
+                act()
+            except TierUnavailableError as error:
+                store.fell_out(error.reason)
+            except Exception as error:  # the thread's top: a tier that cannot be connected must not end the others
+                _log.exception("%s tier: connecting", store.name)
+                store.fell_out(f"{type(error).__name__}: {error}")
+
+        return noting
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """Take over what of another configuration can change while the pool is open."""
