@@ -242,11 +242,38 @@ def test_an_erased_tenants_blocks_are_not_served_though_they_are_there_still(
     store(warm.register(spec()), prompt(4), tenant="gone")
     flushed(warm)
     model = cold.register(spec())
-    cold.erase(tenant="gone")
+    tier.fault = "away"
+    report = cold.erase(tenant="gone", deadline_s=0.1)
+    assert report.pending_tiers == (DRAGONFLY,)
+    remote = cold._engine.remote
+    assert remote is not None
+    remote.eraser._pending.clear()
+    tier.fault = ""
+    eventually(lambda: not cold.degradations(), "the tier is back")
     assert tier.records
     with model.match(prompt(4), tenant="gone") as lease:
         lease.wait(DEADLINE_S)
         assert lease.blocks == 0
+
+
+def test_erasing_clears_shared_tiers_and_says_how_much(warm: Pool, cold: Pool, tier: MemoryTier) -> None:
+    store(warm.register(spec()), prompt(4), tenant="gone")
+    store(warm.register(spec()), prompt(3), tenant="stays")
+    flushed(warm)
+    report = cold.erase(tenant="gone")
+    assert report.blocks[DRAGONFLY] == 4
+    assert report.pending_tiers == ()
+    assert report.catalog_told
+    assert len(tier.records) == 3
+
+
+def test_a_tier_that_was_away_when_a_tenant_was_erased_is_cleared_when_it_is_back(cold: Pool, tier: MemoryTier) -> None:
+    store(cold.register(spec()), prompt(4), tenant="gone")
+    flushed(cold)
+    tier.fault = "away"
+    assert cold.erase(tenant="gone", deadline_s=0.0).pending_tiers == (DRAGONFLY,)
+    tier.fault = ""
+    eventually(lambda: not tier.records, "it is cleared")
 
 
 def test_two_tenants_and_two_models_never_meet(warm: Pool, cold: Pool) -> None:

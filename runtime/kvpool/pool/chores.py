@@ -47,7 +47,7 @@ class Chores:
 
     def in_shared(self, remote: Remote) -> list[Callable[[], None]]:
         """Those that wait for shared tiers, each no longer than its budget."""
-        return [*remote.chores(), self.follow_epochs]
+        return [*remote.chores(), self.follow_epochs, remote.eraser.step]
 
     def follow_epochs(self) -> None:
         """Hear what was erased elsewhere, and say that this node lives."""

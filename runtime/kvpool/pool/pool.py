@@ -27,6 +27,7 @@ from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
 from kvpool.pool.registry import Registry
 from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.telling import erase_elsewhere
 from kvpool.pool.restoring import distrust, use_tier
 from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, UnregisterReport
 from kvpool.pool.roster import Roster
@@ -40,6 +41,8 @@ from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
 """How long closing may write what is in memory down to SSD."""
+ERASE_DEADLINE_S = 5.0
+"""How long erasing waits for shared tiers to be cleared and other nodes to confirm."""
 GRACE_S = 5.0
 """How much longer it may take in all, for what is in flight to end."""
 _OUT = {TierName.DRAGONFLY: Degradation.NO_DRAGONFLY, TierName.DATABASE: Degradation.NO_POSTGRES}
@@ -207,11 +210,13 @@ class Pool:
             gpu.note_capacity()
             return given_back
 
-    def erase(self, *, tenant: str) -> EraseReport:
+    def erase(self, *, tenant: str, deadline_s: float = ERASE_DEADLINE_S) -> EraseReport:
         """See that nothing which this tenant has stored can be matched any more, from before this call returns.
 
         Its epoch is raised, durably, before anything else; then its blocks are given back in every tier, but those that
-        are being read now: they go when their leases end. Raises `InputError` where tenants share one scope, and
+        are being read now: they go when their leases end. Other nodes are told, through the catalog and Dragonfly; the
+        report names those that have not confirmed within `deadline_s`, and what goes on in the background. Raises
+        `InputError` where tenants share one scope, and
         `OSError` where the new epoch cannot be made durable; nothing is erased then.
         """
         tenants = self._engine.tenants
@@ -220,16 +225,26 @@ class Pool:
                 "sharing.scope is pool: all tenants' blocks are one, so one tenant's cannot be erased; "
                 "use scope tenant, or a new directory"
             )
-        with self._engine.gate, self._engine.burying:
+        with self._engine.gate:
             digest = tenants.digest(tenant)
-            epoch = tenants.epochs.raise_epoch(digest)
-            with tenants.lock:
-                for model in self.models():
-                    model.forget_tree(tenant)
-                for tree in trees_of(self._engine, lambda one: one.tenant == digest and one.epoch < epoch):
-                    self._engine.index.erase(tree)
-            buried = bury(self._engine, lambda tree: tree.id.tenant == digest)
-        return EraseReport(epoch=epoch, **buried._asdict())
+            with self._engine.burying:
+                epoch = tenants.epochs.raise_epoch(digest)
+                with tenants.lock:
+                    for model in self.models():
+                        model.forget_tree(tenant)
+                    for tree in trees_of(self._engine, lambda one: one.tenant == digest and one.epoch < epoch):
+                        self._engine.index.erase(tree)
+                buried = bury(self._engine, lambda tree: tree.id.tenant == digest)
+            told = erase_elsewhere(self._engine, digest, epoch, deadline_s=deadline_s)
+        return EraseReport(
+            epoch=tenants.epochs.of(digest),
+            blocks={**buried.blocks, **told.removed},
+            bytes=buried.bytes,
+            leased_blocks=buried.leased_blocks,
+            pending_tiers=told.pending_tiers,
+            unconfirmed_nodes=told.unconfirmed_nodes,
+            catalog_told=told.catalog_told,
+        )
 
     def reload(self, config: RuntimeConfig) -> ReloadReport:
         """Take over what of `config` can change while the pool is open; the report names what cannot."""
@@ -293,6 +308,7 @@ class Pool:
             engine.gpu.store.wake = self._gpu_keeper.wake
             self._gpu_keeper.start(engine.gpu.chores())
         if engine.remote is not None:
+            engine.remote.eraser.wake = self._remote_keeper.wake
             self._remote_keeper.start(self._chores.in_shared(engine.remote))
 
     def _close(self, deadline_s: float) -> None:

@@ -97,19 +97,28 @@ class EraseReport:
 
     `leased_blocks` are still being read: they go when their leases end, and can be matched by nobody meanwhile. Bytes
     on SSD stay in their segments, unmatchable, until those are freed or written over.
+
+    `blocks` of the shared tiers are those that were removed by now; `pending_tiers` are those where it goes on in the
+    background, or that are out now. `unconfirmed_nodes` have not said that they know of it, by name: until they do,
+    they may serve what they hold. With a catalog they hear of it within seconds, and before they serve anything where
+    they were away. `catalog_told` is False where a catalog is configured and could not be told yet.
     """
 
     epoch: int
     blocks: Mapping[TierName, int]
     bytes: Mapping[TierName, int]
     leased_blocks: int
+    pending_tiers: tuple[TierName, ...] = ()
+    unconfirmed_nodes: tuple[str, ...] = ()
+    catalog_told: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnregisterReport:
     """What unregistering a model gave back, per tier.
 
-    `leased_blocks` are still being read: they go when their leases end, and can be matched by nobody meanwhile.
+    `leased_blocks` are still being read: they go when their leases end, and can be matched by nobody meanwhile. What
+    lies in shared tiers is other processes' too: it stays, and goes with its time.
     """
 
     blocks: Mapping[TierName, int]

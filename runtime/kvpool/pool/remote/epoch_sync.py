@@ -102,6 +102,14 @@ class EpochSync:
         self._adopt({tenant: raised.epoch})
         return raised.sequence
 
+    def unconfirmed(self, sequence: int) -> list[str]:
+        """The other nodes that have not said that they know of a change, by name. Raises `TierUnavailableError`."""
+        authority = self.authority
+        nodes = [] if authority is None else authority.unconfirmed(sequence)
+        return [
+            f"{node.name}{' (silent)' if node.silent else ''}" for node in nodes if node.node != self._node
+        ]  # fmt: skip
+
     def look_at_hint(self, tenant: TenantDigest) -> None:
         """Take a tenant's hint over if it is higher than what is known here; looks no more often than is of use."""
         hints = self.hints

@@ -10,6 +10,7 @@ from functools import partial
 
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.erasing import Eraser
 from kvpool.pool.remote.lookup import Lookup, LookupParts, Prompt, Sources
 from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.store import RemoteStore
@@ -40,6 +41,7 @@ class Remote:
     ) -> None:
         self.senders = senders
         self.stores: Sequence[RemoteStore] = [sender.store for sender in senders]
+        self.eraser = Eraser(self.stores)
         self.round = 1
         """Goes up a few times within a TTL: see `kvpool.prefix.sending`."""
         self.skipped_lookups = 0

@@ -136,6 +136,12 @@ class RemoteStore:
         """Remove records, if the tier can be asked."""
         self._attempt(lambda tier: tier.drop(tree, found))
 
+    def remove(self, remove: Callable[[KeyedTier], int]) -> int | None:
+        """Remove many records; how many those were, None where the tier is out."""
+        removed: list[int] = []
+        self._attempt(lambda tier: removed.append(remove(tier)))
+        return removed[0] if removed else None
+
     def count_corrupt(self, reason: str, key: BlockKey) -> None:
         """Count a record that was not what was asked for, and say so."""
         with self._lock:
