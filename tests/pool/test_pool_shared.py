@@ -438,3 +438,33 @@ def test_explain_says_which_shared_tier_has_a_block_and_which_could_not_be_asked
     (report, *_) = model.explain(prompt(3))
     assert report.tiers == ()
     assert "dragonfly is out and may have it (gone fishing)" in report.detail
+
+
+def test_what_was_stored_while_a_tier_was_out_goes_there_when_it_is_used_again(warm: Pool, tier: MemoryTier) -> None:
+    model = warm.register(spec())
+    tier.fault = "away"
+    store(model, prompt(3, seed=5))
+    store(model, prompt(4))
+    flushed(warm)
+    assert not tier.records
+    tier.fault = ""
+    eventually(lambda: not warm.degradations(), "the tier is back")
+    remote = warm._engine.remote
+    assert remote is not None
+    eventually(lambda: matched(model, prompt(4)) == 4 and remote.flush(DEADLINE_S) and len(tier.records) == 4, "sent")
+
+
+def test_while_one_tier_is_out_the_other_is_not_asked_again_and_again(tmp_path: Path) -> None:
+    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
+    with sharing_pool(tmp_path / "pool", fast, slow) as pool:
+        model = pool.register(spec())
+        slow.fault = "away"
+        store(model, prompt(3))
+        flushed(pool)
+        matched(model, prompt(3))
+        flushed(pool)
+        fast.calls.clear()
+        for _ in range(10):
+            matched(model, prompt(3))
+        flushed(pool)
+        assert not {"find", "put", "touch"} & set(fast.calls)

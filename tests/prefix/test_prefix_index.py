@@ -479,7 +479,7 @@ def test_only_requests_are_counted_and_shared_hits_end_with_the_shared_prefix(
 def test_keys_of_what_left_are_reported_when_asked_for(index: PrefixIndex, tree: PrefixTree) -> None:
     stored(index, tree, "ab")
     removed: list[tuple[int, list[BlockKey]]] = []
-    index.on_removed = lambda level, keys: removed.append((level, list(keys)))
+    index.on_removed = lambda level, keys, _: removed.append((level, list(keys)))
     assert len(index.evict(RAM, 2 * RECORD_BYTES)) == 2
     assert removed == [(RAM, tree.chain.keys(tokens("ab"), 4)[::-1])]
 

@@ -203,6 +203,7 @@ def make_remote(
         index=engine.index,
         memory=engine.memory,
         encodings=engine.encodings,
+        events=engine.events,
         ram_encoder=engine.ram_encoder,
         stores=tuple(stores.values()),
         workers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-lookup"),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kvpool.blocks.identity import BlockKey, Fingerprint
 from kvpool.blocks.record import Head
+from kvpool.prefix.history import Loss
 from kvpool.prefix.index import LEVEL_NAMES
 from kvpool.tiers.tier import TierName
 
@@ -51,26 +52,44 @@ class Event(NamedTuple):
 Listener = Callable[[Event], None]
 
 
+class Form(NamedTuple):
+    """How a block's record is in a tier."""
+
+    codec: int
+    record_bytes: int
+
+
+Tap = Callable[[Sequence[Head], TierName, Sequence[Form] | None], None]
+"""Told of blocks of one prompt that have a copy in a tier now; forms None: as they were stored first."""
+
+
 class EventBus:
     """Hands events to listeners. Safe from any thread."""
 
     def __init__(self) -> None:
-        self.active = False
+        self.listened = False
         """Whether anybody listens: events need not be made otherwise."""
+        self.tap: Tap | None = None
+        """Told at once, in the thread of who publishes; set before the pool is open."""
         self._lock = threading.Lock()
         self._subscriptions: list[_Subscription] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether copies are to be published: somebody listens, or there is a tap."""
+        return self.listened or self.tap is not None
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with every event from now on; returns what ends that, once all queued events are told."""
         subscription = _Subscription(listener)
         with self._lock:
             self._subscriptions = [*self._subscriptions, subscription]
-            self.active = True
+            self.listened = True
 
         def unsubscribe() -> None:
             with self._lock:
                 self._subscriptions = [other for other in self._subscriptions if other is not subscription]
-                self.active = bool(self._subscriptions)
+                self.listened = bool(self._subscriptions)
             subscription.close()
 
         return unsubscribe
@@ -80,23 +99,28 @@ class EventBus:
         for subscription in self._subscriptions:
             subscription.put(what)
 
-    def publish_stored(self, heads: Sequence[Head], medium: TierName) -> None:
-        """Queue that these blocks of one prompt have a copy on `medium` now: an event for each run without a gap."""
-        for run in _chains(heads):
+    def publish_stored(self, heads: Sequence[Head], medium: TierName, forms: Sequence[Form] | None = None) -> None:
+        """Queue that these blocks of one prompt have a copy on `medium` now: an event for each run without a gap.
+
+        `forms` are those of the copies, in the blocks' order; None: as they were stored first.
+        """
+        if self.tap is not None:
+            self.tap(heads, medium, forms)
+        for run in chains(heads) if self._subscriptions else ():
             tokens = b"" if medium is TierName.SSD else b"".join(head.tokens for head in run)
             keys, first = tuple(head.key for head in run), run[0]
             self.publish(BlockStored(keys, first.parent, tokens, len(first.tokens) // 4, first.fingerprint, medium))
 
-    def publish_removed(self, level: int, keys: Sequence[BlockKey]) -> None:
+    def publish_removed(self, level: int, keys: Sequence[BlockKey], _: Loss) -> None:
         """Queue that these blocks have no copy at `level` any more; the index calls this, its lock held."""
-        if self.active:
+        if self.listened:
             self.publish(BlockRemoved(tuple(keys), TierName(LEVEL_NAMES[level])))
 
     def close(self) -> None:
         """Deliver what is queued, and end all subscriptions."""
         with self._lock:
             subscriptions, self._subscriptions = self._subscriptions, []
-            self.active = False
+            self.listened = False
         for subscription in subscriptions:
             subscription.close()
 
@@ -145,7 +169,7 @@ class _Subscription:
                 _log.exception("a listener of pool events failed at event %d", event.sequence)
 
 
-def _chains(heads: Sequence[Head]) -> Iterator[list[Head]]:
+def chains(heads: Sequence[Head]) -> Iterator[list[Head]]:
     """Cut blocks of one prompt into runs in which each follows the one before."""
     run: list[Head] = []
     for head in heads:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvpool.blocks.record import codec_in
 from kvpool.pool.copies import Copies
-from kvpool.pool.events import EventBus
+from kvpool.pool.events import EventBus, Form
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.reading import TIER_OUT, Readers, ReadJob
@@ -185,8 +186,10 @@ class Fetch:
     def _tell(self, job: ReadJob, kept: set[int]) -> None:
         """Publish that these blocks are in RAM now."""
         if kept and self.parts.events.active:
-            heads = [head for slot, head in zip(job.slots, job.heads, strict=True) if slot in kept]
-            self.parts.events.publish_stored(heads, TierName.RAM)
+            mine = [(slot, head) for slot, head in zip(job.slots, job.heads, strict=True) if slot in kept]
+            records = [self.parts.memory.ram.record(slot) for slot, _ in mine]
+            heads, forms = [head for _, head in mine], [Form(codec_in(record)[0], len(record)) for record in records]
+            self.parts.events.publish_stored(heads, TierName.RAM, forms)
 
     def _lose(self, block: int, place: int, fault: str) -> None:
         """A record is bad: it is forgotten. One that could not be read for a tier that is out is not to blame."""

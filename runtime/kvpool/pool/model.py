@@ -334,8 +334,8 @@ class Model:
         if tier is TierName.RAM:
             engine.ram_encoder.want(pin.node)
         if engine.remote is not None:
-            engine.remote.send_new(pin, first)
-        if engine.events.active:
+            engine.remote.send_new(pin, first, tier)
+        if engine.events.listened:
             parent, *keys = pinned_keys(engine.index, pin, first)
             run = packed[first * self._token_bytes : pin.depth * self._token_bytes]
             block_tokens, fingerprint = self.layout.block_tokens, self.identity.fingerprint

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvpool.blocks.identity import Fingerprint
+from kvpool.blocks.record import codec_in
 from kvpool.pool.charging import charge
 from kvpool.pool.copies import Copies
-from kvpool.pool.events import EventBus
+from kvpool.pool.events import EventBus, Form
 from kvpool.pool.gpu_store import GpuOutError
 from kvpool.pool.memory import Memory
 from kvpool.pool.reclaim import Reclaimer
@@ -189,10 +190,12 @@ class WriteBehind:
         """Write one run; why not all of it was taken, if so."""
         written: list[int | None] = [None] * len(run.places)
         sizes: list[int] = []
+        forms: list[Form] = []
         granted = 0
         try:
             with self._sealer.sealed(run) as records:
                 sizes = [len(record) for record in records]
+                forms = [Form(codec_in(record)[0], len(record)) for record in records] if self._events.active else []
                 account = run.pin.tree.account
                 granted, _ = charge(self._index, account, SSD, sizes, give_up=partial(self._give_up, account))
                 if granted:
@@ -202,7 +205,7 @@ class WriteBehind:
         finally:
             refused = saving.finish(self._index, run, written, charged=sum(sizes[:granted]))
             self._store.drop(refused)
-            self._count(run, [place in refused or place is None for place in written], sizes)
+            self._count(run, [place in refused or place is None for place in written], sizes, forms)
             saving.end(self._index, run)
         if granted < len(sizes):
             return "over-quota"
@@ -229,7 +232,7 @@ class WriteBehind:
         self._store.drop([place for place in written[taken:] if place is not None])
         return written[:taken] + [None] * (len(written) - taken)
 
-    def _count(self, run: Run, missing: list[bool], sizes: list[int]) -> None:
+    def _count(self, run: Run, missing: list[bool], sizes: list[int], forms: list[Form]) -> None:
         """While the run is leased, so that no event of its removal comes before that of its storing.
 
         `missing` are the blocks that were not written, or for which the index has no use any more.
@@ -238,9 +241,9 @@ class WriteBehind:
         with self._changed:
             self.saved_blocks += missing.count(False)
             self.saved_bytes += saved_bytes
-        if self._events.active:
-            heads = [head for head, is_missing in zip(run.heads, missing, strict=True) if not is_missing]
-            self._events.publish_stored(heads, TierName.SSD)
+        saved = [at for at, is_missing in enumerate(missing) if not is_missing]
+        if forms and saved:
+            self._events.publish_stored([run.heads[at] for at in saved], TierName.SSD, [forms[at] for at in saved])
 
     def _drop(self, node: Node, reason: str) -> None:
         blocks = saving.forget(self._index, node)

@@ -133,9 +133,9 @@ class PrefixIndex:
         """Per such level: region -> the nodes some of whose blocks lie in it. Copy the set before working on it."""
         self._bytes_of = dict(bytes_of or {})
         """Per level where copies may be encoded: the bytes of the record at a place."""
-        self.on_removed: Callable[[int, Sequence[BlockKey]], None] | None = None
-        """Told of copies that leave: level and keys, last block first. Called with the lock held, so that nobody can
-        enter them again before it knows; it must not wait, nor call the index. None: that costs a slice per block."""
+        self.on_removed: Callable[[int, Sequence[BlockKey], Loss], None] | None = None
+        """Told of copies that leave: level, keys (last block first), and why. Called with the lock held, so that nobody
+        can enter them again before it knows; it must not wait, nor call the index. It costs a slice per block."""
         self.on_overdue: Callable[[], None] | None = None
         """Told that it is high time for `learn`. Called with the lock held; it must not wait, nor call the index."""
         self.matches = 0
@@ -874,7 +874,7 @@ class PrefixIndex:
             lasts = set(lost)
             gone += [Gone(level, place, bytes_of(place), at in lasts) for at, place in reversed(here)]
             if self.on_removed is not None and here:
-                self.on_removed(level, [_key_at(node, at) for at, _ in reversed(here)])
+                self.on_removed(level, [_key_at(node, at) for at, _ in reversed(here)], loss)
         self._count(node, level, taken, -1)
         if level in self.region_of:
             self._leave_regions(node, level, taken)

@@ -22,6 +22,7 @@ from kvpool.blocks.identity import KEY_BYTES, BlockKey, TenantDigest
 from kvpool.blocks.layout import PAGE_BYTES, KVLayout
 from kvpool.blocks.record import CODEC_NONE, Buffer, CorruptRecordError, Head, open_record
 from kvpool.pool.encodings import Encodings
+from kvpool.pool.events import EventBus, Form
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.remote.store import RemoteStore
@@ -48,6 +49,7 @@ class LookupParts:
     index: PrefixIndex
     memory: Memory
     encodings: Encodings
+    events: EventBus
     ram_encoder: RamEncoder
     stores: Sequence[RemoteStore]
     """In the waterfall's order."""
@@ -256,21 +258,28 @@ class Lookup:
         memory, account = self._parts.memory, pin.tree.account
         store, record_bytes = batch[0].store, batch[0].found.record_bytes
         slots = memory.allocate(account, record_bytes, len(batch)).slots
+        heads = list(self._heads(pin, [source.found.key for source in batch[: len(slots)]]))
         good = 0
         try:
             wanted = [source.found for source in batch[: len(slots)]]
             buffers = [memory.ram.record(slot) for slot in slots]
             done = store.get(pin.tree.id, wanted, buffers)
-            good = self._verified(pin, store, wanted, done, buffers)
+            good = self._verified(pin, store, wanted, done, buffers, heads)
         finally:
             memory.free(account, slots[good:])
-        return self._enter(pin, store, slots[:good], record_bytes)
+        return self._enter(pin, batch, heads, slots[:good])
 
     def _verified(
-        self, pin: Pin, store: RemoteStore, wanted: Sequence[Found], done: Sequence[bool], buffers: Sequence[Buffer]
+        self,
+        pin: Pin,
+        store: RemoteStore,
+        wanted: Sequence[Found],
+        done: Sequence[bool],
+        buffers: Sequence[Buffer],
+        heads: Sequence[Head],
     ) -> int:
         """How many leading buffers hold the records that they should. One that is bad is dropped from its tier."""
-        for at, head in enumerate(self._heads(pin, [found.key for found in wanted])):
+        for at, head in enumerate(heads):
             if not done[at]:
                 return at
             try:
@@ -301,10 +310,11 @@ class Lookup:
             )
             parent = key
 
-    def _enter(self, pin: Pin, store: RemoteStore, slots: list[int], record_bytes: int) -> int:
+    def _enter(self, pin: Pin, batch: Sequence[_Source], heads: Sequence[Head], slots: list[int]) -> int:
         """Enter verified slots in the tree; how many blocks are there now."""
         if not slots:
             return 0
+        store, record_bytes = batch[0].store, batch[0].found.record_bytes
         index, first = self._parts.index, pin.depth
         is_raw = record_bytes == self._prompt.layout.record_bytes
         if not is_raw:
@@ -315,6 +325,9 @@ class Lookup:
         if pin.tree.erased:
             return 0
         kept = [at for at, slot in enumerate(slots) if slot not in refused]
+        if kept and self._parts.events.active:
+            forms = [Form(source.found.codec, record_bytes) for source in batch]
+            self._parts.events.publish_stored([heads[at] for at in kept], TierName.RAM, [forms[at] for at in kept])
         self._sources.update({first + at: store.name for at in kept})
         if is_raw:
             self._parts.ram_encoder.want(pin.node)

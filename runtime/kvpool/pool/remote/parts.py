@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.connecting import Connector
@@ -22,6 +23,9 @@ MAX_LOOKUPS = 64
 """At once; a request beyond that is served from what is here."""
 ROUNDS_PER_TTL = 4
 """How often, within the time for which the shared tiers keep a block, one that is used here is offered to them."""
+if TYPE_CHECKING:
+    from kvpool.pool.remote.reporter import Reporter
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +45,8 @@ class Remote:
     ) -> None:
         self.senders = senders
         self.stores: Sequence[RemoteStore] = [sender.store for sender in senders]
+        self.reporter: Reporter | None = None
+        """Tells the catalog, where there is one; set before the pool is open."""
         self.eraser = Eraser(self.stores)
         self.round = 1
         """Goes up a few times within a TTL: see `kvpool.prefix.sending`."""
@@ -65,15 +71,19 @@ class Remote:
         """The store of a tier; None where there is no such tier."""
         return next((store for store in self.stores if store.name is name), None)
 
-    def send_new(self, pin: Pin, first: int) -> None:
-        """The pinned blocks from `first` on were stored just now: send them. Never waits."""
-        if self.usable:
-            self._send(new_parcel(self._index, pin, first, self.round), self.senders)
+    def send_new(self, pin: Pin, first: int, tier: TierName) -> None:
+        """The pinned blocks from `first` on were stored in `tier` just now: send and report them. Never waits."""
+        parcel = new_parcel(self._index, pin, first, self.round)
+        if parcel is not None and self.reporter is not None:
+            self.reporter.stored(parcel, tier)
+        self._send(parcel, self.senders)
 
     def send_again(self, pin: Pin) -> None:
         """The pinned blocks are used: once in a round, see that they are there still. Never waits."""
-        if self.usable:
-            self._send(used_parcel(self._index, pin, self.round), self.senders)
+        parcel = used_parcel(self._index, pin, self.round)
+        if parcel is not None and self.reporter is not None:
+            self.reporter.used(parcel)
+        self._send(parcel, self.senders)
 
     def promote(self, pin: Pin) -> None:
         """The pinned blocks were read from a tier slower than dragonfly: see that they are there too. Never waits."""
@@ -140,6 +150,8 @@ class Remote:
             thread.join()
         for store, connector in reversed(away):
             self._noting(store, partial(self._connect, store, connector))()
+            if store.usable:
+                self.round += 1
 
     @staticmethod
     def _connect(store: RemoteStore, connector: Connector) -> None:

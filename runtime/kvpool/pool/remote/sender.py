@@ -2,7 +2,7 @@
 
 A queue of parcels, not of bytes: what waits in it stays in memory, and may be evicted from there. It is bounded; beyond
 it the oldest parcels are dropped and counted, and sent when their blocks are used again. While the tier is out nothing
-is queued.
+is queued; when it is back another round begins, in which all that is used is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from kvpool.blocks.identity import BlockKey, Fingerprint, TreeId
 from kvpool.blocks.record import CODEC_NONE, codec_in
 from kvpool.pool.encodings import Encodings
-from kvpool.pool.events import EventBus
+from kvpool.pool.events import EventBus, Form
 from kvpool.pool.gpu_store import GpuOutError
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.sealing import Sealer
@@ -86,7 +86,7 @@ class Sender:
     def send(self, parcel: Parcel) -> None:
         """Send it soon. Never waits."""
         if not self.store.usable:
-            self._drop(parcel, "tier-out")
+            self._count_dropped("tier-out", parcel.until - parcel.first)
             return
         overflow = None
         with self._changed:
@@ -96,7 +96,8 @@ class Sender:
             if len(self._queue) == 1:
                 self._changed.notify()
         if overflow is not None:
-            self._drop(overflow, "queue-full")
+            sending.not_sent(self._index, overflow)
+            self._count_dropped("queue-full", overflow.until - overflow.first)
 
     def flush(self, deadline_s: float | None) -> bool:
         """Wait until nothing is queued or being sent; False at the deadline."""
@@ -125,7 +126,7 @@ class Sender:
                 self._send(parcel)
             except Exception:  # the loop's top: the queue must go on
                 _log.exception("sending blocks to %s", self.store.name)
-                self._drop(parcel, "error")
+                self._count_dropped("error", parcel.until - parcel.first)
             with self._changed:
                 self._active -= 1
                 self._changed.notify_all()
@@ -153,7 +154,6 @@ class Sender:
             while first < until:
                 reached = self._send_run(parcel, keys, first, until)
                 if reached == first:
-                    sending.not_sent(self._index, parcel)
                     return
                 first = reached
 
@@ -201,12 +201,9 @@ class Sender:
         if taken < len(records):
             self._count_dropped("refused" if self.store.usable else "tier-out", len(records) - taken)
         if taken and self._events.active:
-            self._events.publish_stored(run.heads[:taken], self.store.name)
+            forms = [Form(one.codec, len(one.record)) for one in sealed[:taken]]
+            self._events.publish_stored(run.heads[:taken], self.store.name, forms)
         return taken
-
-    def _drop(self, parcel: Parcel, reason: str) -> None:
-        sending.not_sent(self._index, parcel)
-        self._count_dropped(reason, parcel.until - parcel.first)
 
     def _count_dropped(self, reason: str, blocks: int) -> None:
         if blocks:
