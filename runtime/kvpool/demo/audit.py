@@ -17,7 +17,7 @@ from kvpool.blocks.record import Buffer
 from kvpool.blocks.tokens import Tokens, token_bytes
 from kvpool.blocks.transfer import BlockSink, BlockSource
 from kvpool.config import RuntimeConfig
-from kvpool.pool.results import ModelSpec, StoreResult
+from kvpool.pool.results import LeaseState, ModelSpec, StoreResult
 from kvpool.tiers.tier import TierName
 
 
@@ -116,6 +116,12 @@ class _AuditedLease:
     @property
     def served(self) -> dict[TierName, int]:
         return self._lease.served
+
+    def ask(self, deadline_s: float) -> LeaseState:
+        return self._lease.ask(deadline_s)
+
+    def wait(self, deadline_s: float) -> LeaseState:
+        return self._lease.wait(deadline_s)
 
     def load(self, sink: BlockSink) -> int:
         return self._lease.load(_AuditedSink(sink, self._keys, self._ledger))

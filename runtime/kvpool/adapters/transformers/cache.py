@@ -10,7 +10,7 @@ from kvpool.adapters.transformers.host_memory import HostMemory
 from kvpool.adapters.transformers.identity import model_identity
 from kvpool.adapters.transformers.layers import ROOM_TOKENS
 from kvpool.adapters.transformers.rows import read_prompt
-from kvpool.adapters.transformers.session import BlockModel, Session
+from kvpool.adapters.transformers.session import SHARED_DEADLINE_S, BlockModel, Session
 from kvpool.config import RuntimeConfig
 from kvpool.errors import InputError, UnsupportedModelError
 from kvpool.pool.results import ModelSpec
@@ -36,7 +36,8 @@ class TransformersCache:
     the model under an identity made from its weights' content and its configuration. `weights` is an id that you vouch
     for instead of hashing; `revision` and `name` default to what the model says of itself. After changing weights in
     place, make a new one with another `generation`. Where the model's cache lies on a device of one of `gpu_types`,
-    blocks stay there, in the pool's gpu tier. Safe from any thread, as far as the model is.
+    blocks stay there, in the pool's gpu tier. A prompt waits `shared_deadline_s` at most for what tiers that are shared
+    with other processes hold of it; 0: they are not asked. Safe from any thread, as far as the model is.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class TransformersCache:
         prefill_tokens_per_second: float | None = None,
         digest_file: Path | None = None,
         gpu_types: Collection[str] = GPU_TYPES,
+        shared_deadline_s: float = SHARED_DEADLINE_S,
     ) -> None:
         self.model = model
         self._gpu_types = gpu_types
+        self._shared_deadline_s = shared_deadline_s
         self._memory = HostMemory()
         self.geometry = inspect_model(model)
         identity = model_identity(
@@ -88,7 +91,15 @@ class TransformersCache:
         if len(tenants) != len(prompt.rows):
             raise InputError(f"tenant has {len(tenants)} names for {len(prompt.rows)} rows; pass one, or one per row")
         return Session(
-            self.model, self.blocks, self.geometry, prompt, tenants, room_tokens, self._memory, self._gpu_types
+            self.model,
+            self.blocks,
+            self.geometry,
+            prompt,
+            tenants,
+            room_tokens,
+            self._memory,
+            self._gpu_types,
+            self._shared_deadline_s,
         )
 
     def generate(

@@ -21,9 +21,11 @@ from kvpool.blocks.layout import KVLayout
 from kvpool.blocks.tokens import Tokens, token_bytes
 from kvpool.blocks.transfer import BlockSink, BlockSource
 from kvpool.errors import InputError, PoolClosedError
-from kvpool.pool.results import Refusal, StoreResult
+from kvpool.pool.results import LeaseState, Refusal, StoreResult
 from kvpool.tiers.tier import TierName
 
+SHARED_DEADLINE_S = 0.5
+"""How long a prompt waits for what shared tiers hold of it: no longer than they are quicker than computing it."""
 _log = logging.getLogger(__name__)
 _FORBIDDEN = {
     "past_key_values": "the session brings the cache",
@@ -54,6 +56,14 @@ class BlockLease(Protocol):
     @property
     def served(self) -> dict[TierName, int]:
         """Blocks that were loaded, by tier."""
+        ...
+
+    def ask(self, deadline_s: float) -> LeaseState:
+        """Begin to extend it by what shared tiers hold."""
+        ...
+
+    def wait(self, deadline_s: float) -> LeaseState:
+        """Extend it by what shared tiers hold, and wait for that."""
         ...
 
     def load(self, sink: BlockSink) -> int:
@@ -106,7 +116,9 @@ class Session:
         room_tokens: int,
         memory: HostMemory,
         gpu_types: Collection[str] = GPU_TYPES,
+        shared_deadline_s: float = SHARED_DEADLINE_S,
     ) -> None:
+        self._shared_deadline_s = shared_deadline_s
         self._model = model
         self._blocks = blocks
         self._geometry = geometry
@@ -200,6 +212,7 @@ class Session:
         layout, rows = self._blocks.layout, self._prompt.rows
         with ExitStack() as leases:
             held = [leases.enter_context(self._match(number, row.tokens)) for number, row in enumerate(rows)]
+            self._wait_for_shared_tiers(held)
             wanted = loadable_columns(self._prompt, [lease.tokens for lease in held])
             arrived = []
             for number, (row, lease) in enumerate(zip(rows, held, strict=True)):
@@ -213,6 +226,17 @@ class Session:
         for number, row in enumerate(rows):
             buffer.clear(number, min(row.padding, columns))
         return columns
+
+    def _wait_for_shared_tiers(self, leases: Sequence[BlockLease]) -> None:
+        """Have all rows' leases extended at once by what shared tiers hold."""
+        if not self._shared_deadline_s:
+            return
+        until_s = time.monotonic() + self._shared_deadline_s
+        if len(leases) > 1:
+            for lease in leases:
+                lease.ask(self._shared_deadline_s)
+        for lease in leases:
+            lease.wait(max(0.0, until_s - time.monotonic()))
 
     def _match(self, number: int, tokens: bytes) -> BlockLease:
         return self._blocks.match(tokens, tenant=self._tenants[number])
