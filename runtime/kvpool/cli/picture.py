@@ -1,6 +1,6 @@
 """How a pool's counters are shown: as a screen, and as a line. Pure: the same counters in, the same picture out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -16,10 +16,7 @@ _BAR_COLUMNS = 24
 
 def line(stats: PoolStats) -> str:
     """Everything that one looks for first, on one line."""
-    tiers = [
-        f"{tier.name} {size(tier.used_bytes)} of {size(tier.capacity_bytes)} ({tier.blocks:,} blocks)"
-        for tier in stats.tiers.values()
-    ]
+    tiers = [f"{tier.name} {_used(tier)}{_blocks(stats, tier, ' (', ' blocks)')}" for tier in stats.tiers.values()]
     hits = f"{stats.requests:,} requests, {_percent(stats.hit_ratio)} of blocks hit"
     return "; ".join([f"mode {stats.mode}", *tiers, hits, f"{stats.stored_blocks:,} blocks stored"])
 
@@ -50,10 +47,32 @@ def _tiers(stats: PoolStats) -> Table:
     for tier in stats.tiers.values():
         bar = ProgressBar(max(tier.capacity_bytes, 1), tier.used_bytes, width=_BAR_COLUMNS)
         made.add_row(
-            tier.name, bar, size(tier.used_bytes), size(tier.capacity_bytes), f"{tier.blocks:,}",
+            tier.name, bar, size(tier.used_bytes), _capacity(tier), _blocks(stats, tier),
             f"{tier.loaded_blocks:,}", f"{sum(tier.corrupt.values()):,}", _state(tier),
         )  # fmt: skip
     return made
+
+
+def _used(tier: TierStats) -> str:
+    return f"{size(tier.used_bytes)} of {_capacity(tier)}" if tier.capacity_bytes else size(tier.used_bytes)
+
+
+def _capacity(tier: TierStats) -> str:
+    return size(tier.capacity_bytes) if tier.capacity_bytes else "-"
+
+
+def _blocks(stats: PoolStats, tier: TierStats, before: str = "", after: str = "") -> str:
+    """How many blocks a tier holds; nothing where that is not known, for it is shared."""
+    return "" if tier.name in stats.shared else f"{before}{tier.blocks:,}{after}"
+
+
+def _shared(stats: PoolStats) -> Iterator[tuple[str, str]]:
+    """Two pairs for each tier that is shared: what went there, and what came from there."""
+    for name, tier in stats.shared.items():
+        yield f"sent to {name}", f"{tier.sent_blocks:,} blocks, {size(tier.sent_bytes)}"
+        yield f"not sent to {name}", _by_reason(tier.dropped_blocks.items())
+        yield f"fetched from {name}", f"{tier.fetched_blocks:,} blocks, {size(tier.fetched_bytes)}"
+        yield f"{name} fell out", f"{tier.fell_out:,} times"
 
 
 def _counters(stats: PoolStats) -> Table:
@@ -74,6 +93,7 @@ def _counters(stats: PoolStats) -> Table:
         ("write amplification", f"{down.write_amplification:.2f}"),
         ("index", f"{size(index.bytes)} of {size(index.limit_bytes)}"),
         ("restored at start", f"{stats.restored.blocks:,} blocks in {stats.restored.seconds:.2f} s"),
+        *_shared(stats),
     )
     made = Table.grid(padding=(0, 3, 0, 0))
     for (name, value), (other_name, other_value) in zip(pairs[::2], pairs[1::2], strict=True):
