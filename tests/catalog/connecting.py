@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -34,7 +35,7 @@ def connections_to(
 
 
 @contextmanager
-def bare(folder: Path) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+def bare(folder: Path) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
     """A connection of psycopg's own, in autocommit."""
     address = address_of(folder)
     with psycopg.connect(address.url, user=address.username, password=address.password, autocommit=True) as connection:

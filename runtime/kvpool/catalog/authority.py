@@ -13,8 +13,6 @@ from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.statement import Statement
 
-ALL_TENANTS = TenantDigest(bytes(16))
-"""Stands for every tenant: an epoch of its row is the least that any tenant's is."""
 PAGE_ROWS = 10_000
 SILENT_AFTER_S = 60.0
 """A node that has not been heard of for so long is listed as silent."""

@@ -93,7 +93,7 @@ _REMOVE = """
     )
     select count(*), kvpool.count_payloads(array_agg(gone.fingerprint), array_agg(-gone.nbytes::bigint)) from gone
 """
-_WAIT = "select from kvpool.payloads p where {which} limit 1 for update"
+_WAIT = "select 1 from kvpool.payloads p where {which} limit 1 for update"
 """One row, or none where nothing is left. It waits for who holds that row, and holds nothing meanwhile."""
 _OF_TENANT = "p.tenant = %(tenant)b and p.epoch < %(before_epoch)s"
 _OF_MODEL = "p.fingerprint = %(fingerprint)b"

@@ -187,15 +187,17 @@ class PayloadTier:
         parameters = {"keys": keys, "codecs": codecs, "lengths": lengths, "refresh": self._refresh}
         stale = False
         with self._connected() as connection:
-            for place, record, is_stale in connection.cursor(binary=True).stream(sql.GET, parameters):
+            for place, record, is_stale in connection.stream(sql.GET, parameters):
                 np.copyto(views[place - 1], np.frombuffer(record, np.uint8))
                 done[place - 1] = True
                 stale = stale or is_stale
-            if stale and not connection.is_read_only:
+            if stale:
                 self._refresh_chain(connection, keys, sorted(set(codecs)))
 
     def _refresh_chain(self, connection: BoundedConnection, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
-        """Move the times of use of a whole chain, where one of them is older than `refresh_s`."""
+        """Move the times of use of a whole chain, where one is older than `refresh_s` and the server takes writes."""
+        if connection.is_read_only:
+            return
         parameters = {"keys": list(keys), "codecs": list(codecs)}
         row = connection.execute(sql.STALE, {**parameters, "refresh": self._refresh}).fetchone()
         assert row is not None

@@ -122,9 +122,10 @@ begin
         evicted := false;
         lacking := 0;
         foreach scope in array array[model, null] loop
-            excess := kvpool.payload_excess(
-                scope, (select coalesce(sum(d), 0) from unnest(models, deltas) as u (m, d) where scope is null or m = scope)
-            );
+            excess := kvpool.payload_excess(scope, (
+                select coalesce(sum(u.delta), 0)::bigint from unnest(models, deltas) as u (model, delta)
+                where scope is null or u.model = scope
+            ));
             lacking := greatest(lacking, excess);
             continue when excess <= 0 or excess > added + most;
             for key, codec, fingerprint, nbytes in
