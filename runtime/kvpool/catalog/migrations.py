@@ -119,6 +119,11 @@ class Schema:
         self._current = False
         self._good_until = float("-inf")
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the schema was brought up to date, as far as is known: then `ready` takes no longer than a query."""
+        return self._current
+
     def ready(self, connection: Connection) -> None:
         """Return when the schema is the one that this program knows. Raises as `migrate` does."""
         if self._clock() < self._good_until:

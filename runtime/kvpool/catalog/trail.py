@@ -1,0 +1,72 @@
+"""Answers by key: where blocks lie, as far as the catalog was told, and why copies of them went."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+from uuid import UUID
+
+import psycopg
+
+from kvpool.blocks.identity import BlockKey
+from kvpool.catalog.statement import Statement
+from kvpool.tiers.tier import TierName
+
+Connection: TypeAlias = psycopg.Connection[Any]
+
+_TIERS = {tier.value: tier for tier in TierName}
+
+_LOCATE = Statement("""
+    select key, tier, node, codec, nbytes, extract(epoch from since)::float8
+    from kvpool.locations where key = any(%(keys)b::bytea[]) order by key, since
+""")
+
+_LOCATE_ONE = Statement("""
+    select key, tier, node, codec, nbytes, extract(epoch from since)::float8
+    from kvpool.locations where key = %(key)b order by since
+""")
+
+_TRAIL = Statement("""
+    select wanted.key, last.tier, last.node, last.reason, extract(epoch from last.at)::float8
+    from unnest(%(keys)b::bytea[]) wanted (key)
+         cross join lateral (
+             select tier, node, reason, at from kvpool.evictions e where e.key = wanted.key order by id desc limit 1
+         ) last
+""")
+
+
+class Location(NamedTuple):
+    """A copy of a block."""
+
+    tier: TierName
+    node: UUID
+    """Zero where all nodes share the tier."""
+    codec: int
+    nbytes: int
+    since_s: float
+    """When it was written, in seconds since the epoch."""
+
+
+class Eviction(NamedTuple):
+    """How the last copy that went did so."""
+
+    tier: TierName
+    node: UUID
+    reason: str
+    at_s: float
+
+
+def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, list[Location]]:
+    """Where these blocks lie, each one's oldest copy first; no entry where it lies nowhere, as far as is known."""
+    found: dict[BlockKey, list[Location]] = {}
+    if len(keys) == 1:
+        rows = connection.execute(_LOCATE_ONE, {"key": keys[0]}, binary=True)
+    else:
+        rows = connection.execute(_LOCATE, {"keys": list(keys)}, binary=True)
+    for key, tier, node, codec, nbytes, since_s in rows.fetchall():
+        found.setdefault(key, []).append(Location(_TIERS[tier], node, codec, nbytes, since_s))
+    return found
+
+
+def trail(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, Eviction]:
+    """How a copy of each of these blocks went last; no entry where none did, or so long ago that it is forgotten."""
+    rows = connection.execute(_TRAIL, {"keys": list(keys)}, binary=True).fetchall()
+    return {key: Eviction(_TIERS[tier], node, reason, at_s) for key, tier, node, reason, at_s in rows}
