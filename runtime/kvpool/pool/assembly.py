@@ -35,7 +35,7 @@ from kvpool.pool.reclaim import Reclaimer
 from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.lookup import LookupParts
-from kvpool.pool.remote.opening import connectors
+from kvpool.pool.remote.opening import SharedTiers, shared_tiers
 from kvpool.pool.remote.parts import Remote
 from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.store import RemoteStore
@@ -78,9 +78,8 @@ def assemble(
     """Make the parts and start their threads. The gpu and ssd tiers are opened by the caller."""
     secret = load_or_create_secret(directory.path, config.secret_file)
     epochs = Epochs.load(directory.path, is_new=directory.is_new)
-    epoch_sync = EpochSync(
-        epochs, load_or_create_node(directory.path), f"{config.name}@{socket.gethostname()}", adopted=adopted
-    )
+    node = load_or_create_node(directory.path)
+    epoch_sync = EpochSync(epochs, node, f"{config.name}@{socket.gethostname()}", adopted=adopted)
     ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages, page_lock=_page_lock(config, gpu))
     ram.start_prefault()
     policy = POLICIES[config.policy.eviction.value]
@@ -163,21 +162,31 @@ def assemble(
         ram_encoder=ram_encoder,
         gpu=gpu_parts,
         remote=None,
+        catalog=None,
         epoch_sync=epoch_sync,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
         is_known_name=is_known_name,
         wake=wake,
     )
+    tiers = SharedTiers(shared or ())
     if shared is None:
-        shared = connectors(
+        tiers = shared_tiers(
             config,
             directory.path,
+            index,
+            node,
             epoch_sync,
             record_bytes_of=lambda fingerprint: _record_bytes(encodings, layout_of(fingerprint), fingerprint),
         )
-    if shared:
-        engine.remote = make_remote(config, engine, sealer, shared, payload_bytes_of=payload_bytes_of)
+    if tiers.connectors:
+        remote = make_remote(config, engine, sealer, tiers.connectors, payload_bytes_of=payload_bytes_of)
+        engine.remote = remote
+        if tiers.catalog is not None:
+            engine.catalog = tiers.catalog
+            remote.reporter = tiers.catalog.reporter
+            events.tap = tiers.catalog.reporter.copied
+            index.on_removed = tiers.catalog.reporter.removed
     return engine
 
 

@@ -10,6 +10,7 @@ from kvpool.blocks.record import Head
 from kvpool.errors import KvpoolError
 from kvpool.pool.copies import shrink_index
 from kvpool.pool.engine import Engine
+from kvpool.pool.model import Model
 from kvpool.pool.reading import TIER_OUT, ReadJob
 from kvpool.pool.remote.parts import Remote
 from kvpool.pool.restoring import use_tier
@@ -45,9 +46,11 @@ class Chores:
         """Those that may be held up by one."""
         return [self.reopen_ssd, self.free_segments]
 
-    def in_shared(self, remote: Remote) -> list[Callable[[], None]]:
+    def in_shared(self, remote: Remote, models: Callable[[], list[Model]]) -> list[Callable[[], None]]:
         """Those that wait for shared tiers, each no longer than its budget."""
-        return [*remote.chores(), self.follow_epochs, remote.eraser.step]
+        catalog = self._engine.catalog
+        reports = [] if catalog is None else [lambda: catalog.report_usage(models())]
+        return [*remote.chores(), self.follow_epochs, remote.eraser.step, *reports]
 
     def follow_epochs(self) -> None:
         """Hear what was erased elsewhere, and say that this node lives."""

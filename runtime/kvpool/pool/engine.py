@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvpool.blocks.identity import Fingerprint, KeyChain, ModelIdentity, TenantDigest, TreeId, tenant_digest
+from kvpool.blocks.identity import BlockKey, Fingerprint, KeyChain, ModelIdentity, TenantDigest, TreeId, tenant_digest
 from kvpool.blocks.layout import KVLayout
 from kvpool.errors import InputError
 from kvpool.pool.copies import Copies
@@ -30,11 +31,15 @@ from kvpool.pool.remote.parts import Remote
 from kvpool.pool.ssd_store import SsdStore
 from kvpool.pool.traffic import Traffic
 from kvpool.pool.write_behind import WriteBehind
+from kvpool.prefix.history import Loss
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.sharing import SharedMark
 from kvpool.prefix.tree import PrefixTree
 from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
+
+if TYPE_CHECKING:
+    from kvpool.pool.remote.catalog import Catalog
 
 SHARED_TENANT = ""
 """Stands for all tenants where `sharing.scope` is `pool`; nobody's own name, for those are not empty."""
@@ -123,6 +128,8 @@ class Engine:
     epoch_sync: EpochSync
     remote: Remote | None
     """None: the configuration has no tier that is shared."""
+    catalog: Catalog | None
+    """None: the configuration has no database tier."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
     is_known_name: Callable[[str], bool]
@@ -146,6 +153,17 @@ class Engine:
         except ValueError:
             self.gate.check()
             raise
+
+    def tell_listeners_of_removals(self) -> None:
+        """From now on listeners are told of copies that leave, beside the catalog."""
+        events, reporter = self.events, None if self.catalog is None else self.catalog.reporter
+
+        def removed(level: int, keys: Sequence[BlockKey], loss: Loss) -> None:
+            if reporter is not None:
+                reporter.removed(level, keys, loss)
+            events.publish_removed(level, keys, loss)
+
+        self.index.on_removed = removed
 
     @property
     def fetch_parts(self) -> FetchParts:

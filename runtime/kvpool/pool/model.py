@@ -60,6 +60,8 @@ class Model:
         self.name = identity.name
         self.layout: KVLayout = identity.layout
         self.saved_prefill_seconds = 0.0
+        self.loaded_blocks: Counter[TierName] = Counter()
+        """Blocks that loads delivered, by the tier in which they were found."""
         self._explainer = explainer
         self._token_bytes = self.layout.token_bytes
         self._prefill_rate = prefill_tokens_per_second
@@ -220,8 +222,9 @@ class Model:
         """A lease was loaded: `served` blocks of the `matched` ones arrived."""
         arrived = served.total()
         self._engine.traffic.count_load(served, self.layout.record_bytes, short=arrived < matched)
-        if self._prefill_rate:
-            with self._rate_lock:
+        with self._rate_lock:
+            self.loaded_blocks.update(served)
+            if self._prefill_rate:
                 self.saved_prefill_seconds += arrived * self.layout.block_tokens / self._prefill_rate
 
     # -- for the pool --------------------------------------------------------------------------------------------------

@@ -253,6 +253,8 @@ class Pool:
         live = [change.path for change in found if change.live]
         fixed = [change.path for change in found if not change.live]
         self._apply(with_live_changes(self.config, config))
+        if self._engine.catalog is not None:
+            self._engine.catalog.set_prices(self.config.prices)
         return ReloadReport(applied=tuple(live), needs_restart=tuple(fixed))
 
     def flush(self, deadline_s: float | None = None) -> bool:
@@ -267,7 +269,7 @@ class Pool:
     def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
         """Call `listener`, on a thread of its own, with every block stored or removed; returns what ends that."""
         self._engine.gate.check()
-        self._engine.index.on_removed = self._engine.events.publish_removed
+        self._engine.tell_listeners_of_removals()
         return self._engine.events.subscribe(listener)
 
     def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
@@ -288,6 +290,8 @@ class Pool:
         if engine.gpu is not None:
             engine.gpu.store.open()
         self._roster.start()
+        if engine.catalog is not None:
+            engine.catalog.start(self.config.prices)
         if engine.remote is not None:  # before what lies on SSD is believed: who was erased meanwhile?
             engine.remote.connect()
         tier = engine.store.open() if engine.epoch_sync.trusted else None
@@ -309,7 +313,7 @@ class Pool:
             self._gpu_keeper.start(engine.gpu.chores())
         if engine.remote is not None:
             engine.remote.eraser.wake = self._remote_keeper.wake
-            self._remote_keeper.start(self._chores.in_shared(engine.remote))
+            self._remote_keeper.start(self._chores.in_shared(engine.remote, self.models))
 
     def _close(self, deadline_s: float) -> None:
         """Whatever happens on the way, also Ctrl-C, everything below is given back."""
@@ -328,6 +332,9 @@ class Pool:
             stack.callback(_by, until_s, self._save_shared)
             if engine.remote is not None:
                 stack.callback(engine.remote.close, until_s)
+            if engine.catalog is not None:
+                stack.callback(engine.catalog.close, self.models(), until_s)
+            if engine.remote is not None:
                 stack.callback(self._remote_keeper.close, until_s)
             stack.callback(engine.readers.close, until_s)
             stack.callback(engine.writer.close, until_s)
@@ -363,8 +370,13 @@ class Pool:
         with tenants.lock:
             for model in self.models():
                 model.forget_trees_unlocked()
-            for tree in trees_of(self._engine, lambda one: one.epoch < tenants.epochs.of(one.tenant)):
+            stale = trees_of(self._engine, lambda one: one.epoch < tenants.epochs.of(one.tenant))
+            for tree in stale:
                 index.erase(tree)
+        catalog = self._engine.catalog
+        if catalog is not None:
+            for tenant in {tree.id.tenant for tree in stale}:
+                catalog.tenant_was_erased(tenant, tenants.epochs.of(tenant))
         self._memory_keeper.wake()
 
     def _note_closed(self) -> None:

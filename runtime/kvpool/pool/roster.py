@@ -254,6 +254,8 @@ class Roster:
             self._engine, identity, self._explainer, prefill_tokens_per_second=prefill_tokens_per_second
         )  # fmt: skip
         self._models[identity.fingerprint] = model
+        if self._engine.catalog is not None:
+            self._engine.catalog.model_is_used(identity)
         return model
 
     def _check_layout(self, identity: ModelIdentity) -> None:

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvpool.blocks.identity import Fingerprint
-from kvpool.catalog.authority import Authority
-from kvpool.catalog.connections import Connections
-from kvpool.catalog.migrations import Schema
 from kvpool.catalog.payloads import PayloadTier
 from kvpool.config import DatabaseConfig, RuntimeConfig
 from kvpool.config.service import ServiceAddress, read_service
 from kvpool.local import LocalServer, LocalServerError, local_postgres
+from kvpool.pool.remote.catalog import Catalog
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
@@ -33,13 +31,11 @@ class DatabaseConnector:
         local: Path,
         epochs: EpochSync,
         *,
+        make_catalog: Callable[[Callable[[], ServiceAddress]], Catalog],
         record_bytes_of: Callable[[Fingerprint], int | None],
     ) -> None:
-        self.schema = Schema()
-        self.connections = Connections(
-            self._address, size=config.postgres.connections, budget_s=config.budget_s, tls=config.postgres.tls
-        )
-        self.authority = epochs.authority = Authority(self.connections, self.schema)
+        self.catalog = make_catalog(self._address)
+        epochs.authority = self.catalog.authority
         self._config = config
         self._services = services
         self._local = local
@@ -65,8 +61,8 @@ class DatabaseConnector:
         except OSError as error:
             raise TierUnavailableError(self.name, f"epochs cannot be kept: {error.strerror or error}") from error
         tier = PayloadTier(
-            self.connections,
-            self.schema,
+            self.catalog.connections,
+            self.catalog.schema,
             inline_max_bytes=self._config.inline_max_bytes,
             inline_bytes=self._config.inline_bytes,
         )
@@ -82,11 +78,11 @@ class DatabaseConnector:
         """As `Connector` says."""
         if config.database is not None:
             self._config = config.database
-            self.connections.budget_s = config.database.budget_s
+            self.catalog.connections.budget_s = config.database.budget_s
 
     def close(self) -> None:
         """As `Connector` says."""
-        self.connections.close()
+        self.catalog.connections.close()
         if self._server is not None:
             try:
                 self._server.stop()
