@@ -1,4 +1,4 @@
-"""Builds the graph of a copy, in a process of its own with the lowest priority, while the original is searched."""
+"""Builds the graph of a copy, in a process of its own with a lower priority, while the original is searched."""
 
 import ctypes
 import os
@@ -13,9 +13,9 @@ from typing import NamedTuple
 from kvpool.catalog.vectors.edge.shard import Shard
 
 COPIED = b"copied\n"
-_COPY_LIMIT_S, _LIMIT_S = 60.0, 1_800.0
+_COPY_LIMIT_S, _LIMIT_S = 60.0, 7_200.0
 """A copy, or a build, that takes longer hangs, and is given up."""
-_LOWEST_PRIORITY = 19
+_LOWER_PRIORITY = 10
 _PR_SET_PDEATHSIG = 1
 
 
@@ -64,7 +64,7 @@ class Build:
 def build(original: Path, copy: Path, parent: int) -> None:
     """What the process does: copy, build, end."""
     _end_with(parent)
-    os.nice(_LOWEST_PRIORITY)
+    os.nice(_LOWER_PRIORITY)
     shutil.copytree(original, copy)
     os.write(sys.stdout.fileno(), COPIED)
     shard = Shard.load(copy)
