@@ -290,10 +290,10 @@ class Pool:
         if engine.gpu is not None:
             engine.gpu.store.open()
         self._roster.start()
-        if engine.catalog is not None:
-            engine.catalog.start(self.config.prices)
         if engine.remote is not None:  # before what lies on SSD is believed: who was erased meanwhile?
             engine.remote.connect()
+        if engine.catalog is not None:
+            engine.catalog.start(self.config.prices)
         tier = engine.store.open() if engine.epoch_sync.trusted else None
         if tier is not None:
             use_tier(engine, tier)

@@ -194,7 +194,7 @@ class Lookup:
         keys = self._keys(pin, count)
         codecs = sorted(self._parts.encodings.readable(tree.id.fingerprint))
         answers = self._answers(stores, keys, codecs)
-        ranked = sorted(answers, key=lambda store: store.costs.expected_seconds(prompt.layout.record_bytes) or 0.0)
+        ranked = _quickest_first(stores, count * prompt.layout.record_bytes)
         sources: list[_Source] = []
         for at in range(count):
             holders = [(store, found) for store in ranked if (found := answers[store][at]) is not None]
@@ -332,6 +332,14 @@ class Lookup:
         if is_raw:
             self._parts.ram_encoder.want(pin.node)
         return len(slots)
+
+
+def _quickest_first(stores: Sequence[RemoteStore], nbytes: int) -> list[RemoteStore]:
+    """By how long each is expected to take for so many bytes; in the given order while one has not been measured."""
+    expected = {store: store.costs.expected_seconds(nbytes) for store in stores}
+    if None in expected.values():
+        return list(stores)
+    return sorted(stores, key=lambda store: expected[store] or 0.0)
 
 
 def _batches(sources: Sequence[_Source]) -> Iterator[list[_Source]]:
