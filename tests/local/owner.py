@@ -2,13 +2,14 @@
 
 Arguments: a directory, and `dragonfly`, `postgres` or both. It says in lines of JSON what happens; a line on its
 standard input tells it what to do: `stop` the servers and end, `exit` without stopping them, `fork` a process that
-inherits all it has and lives as long as its input.
+inherits all it has and waits to be killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ def main(directory: Path, names: list[str]) -> None:
     servers = [_server(directory, name) for name in names]
     for server in servers:
         server.start()
-    _say({server.name: server.pid for server in servers})
     try:
+        _say({server.name: server.pid for server in servers})
         while (word := sys.stdin.readline().strip()) == "fork":
             _fork()
         if word == "exit":
@@ -44,7 +45,7 @@ def _fork() -> None:
     if child:
         _say({"forked": child})
         return
-    sys.stdin.readline()
+    signal.pause()  # the test ends it
     os._exit(0)
 
 

@@ -27,6 +27,7 @@ class Owner:
     """The process, in a group of its own, and what it says."""
 
     def __init__(self, command: Sequence[str | Path], preexec: Callable[[], None] | None) -> None:
+        self._forked: list[int] = []
         self.process = subprocess.Popen(
             command,
             cwd=_CODE,
@@ -48,6 +49,12 @@ class Owner:
         self.process.stdin.write(f"{word}\n".encode())
         self.process.stdin.flush()
 
+    def fork(self) -> int:
+        """Have it fork a process, which ends with the test."""
+        self.tell("fork")
+        self._forked.append(self.hear()["forked"])
+        return self._forked[-1]
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -58,6 +65,9 @@ class Owner:
 
     def close(self) -> None:
         self.kill()
+        for pid in self._forked:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):

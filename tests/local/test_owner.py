@@ -60,11 +60,20 @@ def test_a_ctrl_c_leaves_the_servers_to_their_pool(tmp_path: Path) -> None:
 def test_a_fork_of_a_process_that_is_killed_does_not_keep_its_servers(name: str, tmp_path: Path) -> None:
     with owner(tmp_path, name) as owning:
         below = family(owning.hear()[name])
-        owning.tell("fork")
-        forked = owning.hear()["forked"]
+        forked = owning.fork()
         owning.kill()
         until(lambda: not any(runs(pid) for pid in below))
         assert runs(forked)
+
+
+@NAMES
+def test_a_fork_of_a_process_does_not_hinder_it_from_stopping_its_servers(name: str, tmp_path: Path) -> None:
+    with owner(tmp_path, name) as owning:
+        pid = owning.hear()[name]
+        owning.fork()
+        owning.tell("stop")
+        assert owning.hear() == "stopped"
+        assert not runs(pid)
 
 
 @NAMES

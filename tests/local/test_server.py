@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -127,6 +128,20 @@ def test_a_server_whose_guard_is_killed_stops_and_saves_its_data(name: str, serv
 
 
 @NAMES
+def test_a_server_that_hangs_and_has_no_guard_is_stopped_all_the_same(
+    name: str, servers: Servers, tmp_path: Path
+) -> None:
+    server = servers.named(name, tmp_path)
+    server.start()
+    pid, guard = server.pid, guard_of(server)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    guard.kill()
+    server.stop()
+    assert not runs(pid)
+
+
+@NAMES
 def test_two_pools_have_two_servers(name: str, servers: Servers, tmp_path: Path) -> None:
     one, other = servers.named(name, tmp_path / "one"), servers.named(name, tmp_path / "other")
     one.start()
@@ -165,6 +180,46 @@ def test_a_directory_may_have_a_long_or_an_odd_path(name: str, odd: str, servers
     second = servers.named(name, directory)
     second.start()
     assert read(name, second.folder) == "kept"
+
+
+def test_a_directory_may_be_moved_to_a_long_path_and_back(servers: Servers, tmp_path: Path) -> None:
+    short, long = tmp_path / "short", tmp_path / ("long" * 50)
+    server = servers.redis(short)
+    server.start()
+    write(DRAGONFLY, server.folder, "kept")
+    server.stop()
+    short.rename(long)
+    moved = servers.redis(long)
+    moved.start()
+    assert read(DRAGONFLY, moved.folder) == "kept"
+    moved.stop()
+    long.rename(short)
+    server.start()
+    assert read(DRAGONFLY, server.folder) == "kept"
+
+
+def test_a_copy_of_a_directory_does_not_meet_the_original(servers: Servers, tmp_path: Path) -> None:
+    original, copy = tmp_path / ("long" * 50), tmp_path / ("copy" * 50)
+    server = servers.redis(original)
+    server.start()
+    write(DRAGONFLY, server.folder, "of the original")
+    shutil.copytree(original, copy, symlinks=True)
+    other = servers.redis(copy)
+    other.start()
+    write(DRAGONFLY, other.folder, "of the copy")
+    assert read(DRAGONFLY, server.folder) == "of the original"
+    other.stop()
+    assert read(DRAGONFLY, server.folder) == "of the original"
+
+
+@NAMES
+def test_a_password_that_a_person_chose_is_used(name: str, servers: Servers, tmp_path: Path) -> None:
+    server = servers.named(name, tmp_path)
+    server.folder.mkdir(parents=True)
+    (server.folder / "password").write_text("as editors end it\n")
+    server.start()
+    write(name, server.folder, "kept")
+    assert read(name, server.folder) == "kept"
 
 
 @NAMES

@@ -3,10 +3,10 @@
     pool --pipe--> guard --child--> server
 
 It is told what to run in one line of JSON (`Job`) on its standard input, and answers with one line on its standard
-output, the server's process id. Then the input means: `stop SECONDS` and its end, stop the server within so many
-seconds; its end alone, or the end of the process that wrote it, the pool is gone, stop. To stop is to send the server
-its own signal for it, and SIGKILL to what is left when the time is over. It ends when the server and all that the
-server started have ended, with the server's exit status (128 and the signal's number, where a signal ended it).
+output, the server's process id. Then a line `stop SECONDS` means: stop the server within so many seconds; the end of
+the input, or of the process that wrote it: the pool is gone, stop. To stop is to send the server its own signal for it,
+and SIGKILL to what is left when the time is over. It ends when the server and all that the server started have ended,
+with the server's exit status (128 and the signal's number, where a signal ended it).
 
 It lives in a session of its own, so that a Ctrl-C in the terminal reaches neither it nor the server. When it is killed
 itself, the kernel sends the server its signal to stop. The server's output goes to a log of bounded length. It imports
@@ -139,7 +139,7 @@ class _Guard:
     def _watch_parent(self) -> int | None:
         """A descriptor that tells of the parent's end; our input would not while a fork of it holds the pipe."""
         try:
-            parent = os.pidfd_open(self._job.parent)
+            parent = kernel.open_process(self._job.parent)
         except ProcessLookupError:
             self._parent_ended(-1)
             return None
@@ -154,14 +154,10 @@ class _Guard:
     def _hear(self, fd: int) -> bool:
         data = os.read(fd, _READ_BYTES)
         self._told += data
-        if data:
-            return True
-        word, _, seconds = self._told.decode(errors="replace").strip().partition(" ")
-        if word == "stop":
-            self._stop(float(seconds))
-        else:
-            self._parent_ended(-1)
-        return False
+        if self._told.startswith(b"stop ") and self._told.endswith(b"\n"):
+            self._stop(float(self._told.removeprefix(b"stop ")))
+            return False
+        return bool(data) or self._parent_ended(fd)
 
     def _parent_ended(self, _: int) -> bool:
         if self._kill_at is None:

@@ -6,6 +6,8 @@ import os
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER, _SET_KEEP_CAPABILITIES, _AMBIENT = 1, 36, 8, 47
 _AMBIENT_RAISE = 2
 _NEW_USER_NAMESPACE = 0x10000000
+_SIGNAL_PROCESS, _OPEN_PROCESS = 424, 434
+"""The same on all machines; Python has them only where it was built with the headers of a new kernel."""
 _CAPABILITY_VERSION_3 = 0x20080522
 CAP_DAC_OVERRIDE = 1
 """To read, write and search files and directories whatever their mode says."""
@@ -42,11 +44,22 @@ def keep_only(capability: int) -> None:
     _checked(_libc.prctl(_AMBIENT, _long(_AMBIENT_RAISE), _long(capability), _long(0), _long(0)))
 
 
+def open_process(pid: int) -> int:
+    """A descriptor of a process, that means it also when it has ended; readable from then on. Closed by `exec`."""
+    return _checked(_libc.syscall(_long(_OPEN_PROCESS), _long(pid), _long(0)))
+
+
+def signal_process(process: int, number: int) -> None:
+    """Send a signal to the process of a descriptor, never to another that has its number by now."""
+    _checked(_libc.syscall(_long(_SIGNAL_PROCESS), _long(process), _long(number), _long(0), _long(0)))
+
+
 def _long(value: int) -> ctypes.c_ulong:
-    return ctypes.c_ulong(value)  # prctl takes longs; a plain int would be passed as 32 bits
+    return ctypes.c_ulong(value)  # these take longs; a plain int would be passed as 32 bits
 
 
-def _checked(result: int) -> None:
-    if result != 0:
+def _checked(result: int) -> int:
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+    return result

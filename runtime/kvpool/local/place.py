@@ -52,6 +52,11 @@ class Place:
         """The file of the password; made once, and kept."""
         return self.service / PASSWORD
 
+    @property
+    def secret(self) -> str:
+        """The password, as readers of the service folder see it."""
+        return self.password.read_text().rstrip("\r\n")
+
     def introduce(self, url: str, username: str) -> None:
         """Write the service folder: this address and user, and the password, which is made up if there is none."""
         make_private(self.service)
@@ -68,7 +73,7 @@ def make_private(directory: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Give `path` this text, whole and readable by nobody else; whoever reads it sees the old text or the new."""
+    """Give `path` this text, readable by nobody else, for good: whoever reads it sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.new")
     with suppress(FileNotFoundError):
         temporary.unlink()
@@ -77,3 +82,13 @@ def write_private(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Return once the names in `directory` are durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

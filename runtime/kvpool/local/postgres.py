@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 
 from kvpool.local.errors import LocalServerError
-from kvpool.local.place import Place, make_private, write_private
+from kvpool.local.place import Place, make_private, sync_directory, write_private
 from kvpool.local.programs import Program, find_postgres
 from kvpool.local.server import Command, LocalServer
 
@@ -85,6 +85,7 @@ class PostgresRecipe:
     def prepared(self, place: Place) -> None:
         """The files are complete: they are the data now."""
         _unfinished(place).rename(place.data)
+        sync_directory(place.home)
 
     def command(self, place: Place) -> Command:
         """With our settings in place of the file that initdb wrote."""
@@ -100,7 +101,7 @@ class PostgresRecipe:
                 host=str(place.sockets),
                 port=_PORT,
                 user=_USER,
-                password=place.password.read_text(),
+                password=place.secret,
                 dbname="postgres",
                 connect_timeout=max(1, int(timeout_s)),
                 autocommit=True,

@@ -73,7 +73,7 @@ class RedisRecipe:
 
     def answers(self, place: Place, timeout_s: float) -> bool:
         """Whether it knows the password and has read its data."""
-        password = place.password.read_bytes()
+        password = place.secret.encode()
         with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(min(timeout_s, _ANSWER_S))
             connection.connect(str(place.sockets / self.socket_name))
@@ -108,7 +108,7 @@ class RedisRecipe:
         least as long as its child's: so that is the block used longest ago, and a child before its parent, without
         which it could not be matched. What has no time to live are no blocks, and few.
         """
-        secret = hashlib.sha256(place.password.read_bytes()).hexdigest()
+        secret = hashlib.sha256(place.secret.encode()).hexdigest()
         return [
             "port 0",
             f"unixsocket {_quoted(place.sockets / self.socket_name)}",
@@ -135,7 +135,7 @@ class RedisRecipe:
             "--port=0",
             f"--unixsocket={place.sockets / self.socket_name}",
             "--unixsocketperm=700",
-            f"--requirepass={place.password.read_text()}",
+            f"--requirepass={place.secret}",
             f"--maxmemory={self._memory_bytes}",
             f"--proactor_threads={min(os.cpu_count() or 1, self._memory_bytes // DRAGONFLY_BYTES)}",
             "--cache_mode=true",

@@ -126,13 +126,14 @@ class LocalServer:
                     f"the server {self.name} cannot use its directory {self._home}: {error.strerror or error}"
                 ) from error
 
-    def stop(self, deadline_s: float = 30.0) -> None:
+    def stop(self, deadline_s: float | None = None) -> None:
         """Have the server save what it keeps, and end; killed after `deadline_s`. Safe to call again.
 
-        Raises `LocalServerError` where even that did not end it.
+        Without a deadline it gets the time that saving takes on a slow disk. Raises `LocalServerError` where even
+        SIGKILL did not end it.
         """
         with self._lock:
-            self._end(deadline_s)
+            self._end(self._recipe.grace_s if deadline_s is None else deadline_s)
             self._remove_sockets()
 
     def restart(self, deadline_s: float = START_S) -> None:

@@ -34,11 +34,15 @@ def become_unprivileged(data: Path) -> None:
     if _may_live_in_a_namespace(somebody):
         _give(data, os.geteuid(), os.getegid())  # it may have been run the other way before
         _live_in_a_namespace(somebody)
-    elif os.geteuid() == 0:
+        return
+    try:
         _give(data, somebody.pw_uid, somebody.pw_gid)
         _become(somebody)
-    else:
-        raise PermissionError(f"user {os.geteuid()} has no name on this machine, and user namespaces are forbidden")
+    except OSError as error:
+        raise PermissionError(
+            f"it refuses to be user {os.geteuid()}, who has no right here to be another ({error}): "
+            f"run the pool as an ordinary user that this machine knows by name"
+        ) from error
 
 
 def _may_live_in_a_namespace(somebody: pwd.struct_passwd) -> bool:
