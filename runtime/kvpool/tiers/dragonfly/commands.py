@@ -89,14 +89,18 @@ def length_of(name: bytes) -> Command:
     return Command(name, (b"*2\r\n$6\r\nSTRLEN\r\n$%d\r\n%b\r\n" % (len(name), name),))
 
 
-def read(name: bytes, into: memoryview) -> Command:
-    """A value, if it has the length of `into`."""
-    return Command(name, (b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name),), into)
+def read_piece(name: bytes, start: int, into: memoryview) -> Command:
+    """As many bytes of a value from `start` on as `into` has."""
+    return _read_range(name, start, start + len(into) - 1, into)
 
 
-def read_piece(name: bytes, offset: int, into: memoryview) -> Command:
-    """As many bytes of a value as `into` has."""
-    return Command(name, (encoded(b"GETRANGE", name, b"%d" % offset, b"%d" % (offset + len(into) - 1)),), into)
+def read_end(name: bytes, start: int, into: memoryview) -> Command:
+    """All bytes of a value from `start` on, if `into` is as long as they are: one more is asked for, and not wanted."""
+    return _read_range(name, start, start + len(into), into)
+
+
+def _read_range(name: bytes, first: int, last: int, into: memoryview) -> Command:
+    return Command(name, (encoded(b"GETRANGE", name, b"%d" % first, b"%d" % last),), into)
 
 
 def write(name: bytes, record: memoryview, ttl_ms: int) -> Command:

@@ -21,7 +21,7 @@ class Connections:
     def __init__(self, connect: Callable[[Patience], Wire], limit: int) -> None:
         self._connect = connect
         self._limit = limit
-        self._idle: list[tuple[Wire, float]] = []
+        self._idle: list[Wire] = []
         self._lent: set[Wire] = set()
         self._taken = 0
         """Of the limit: those that are lent, or being made."""
@@ -30,35 +30,27 @@ class Connections:
 
     def borrow(self, patience: Patience) -> Wire:
         """A connection that is used again, or a new one. Waits for one that is free. Raises `FaultError`."""
-        self._take(patience)
-        try:
-            while (wire := self._last_idle()) is not None:
-                if wire.is_quiet():
-                    return self._lend(wire, patience)
-                wire.close()
-            return self._lend(self._connect(patience), patience)
-        except BaseException:
-            self._untake()
-            raise
+        while (wire := self._take(patience)) is not None:
+            if wire.is_quiet() and time.monotonic() - wire.used_at_s < IDLE_S:
+                wire.patience = patience
+                return wire
+            self.discard(wire)
+        return self._make(patience)
 
     def replace(self, wire: Wire, patience: Patience) -> Wire:
         """A new connection for one that is lent, which is closed. Raises `FaultError`; then none is lent."""
         with self._changed:
             self._lent.discard(wire)
         wire.close()
-        try:
-            return self._lend(self._connect(patience), patience)
-        except BaseException:
-            self._untake()
-            raise
+        return self._make(patience)
 
     def give_back(self, wire: Wire) -> None:
         """It is whole, and may be used again."""
-        wire.used = True
+        wire.used_at_s = time.monotonic()
         with self._changed:
             if not self._closed:
                 self._lent.discard(wire)
-                self._idle.append((wire, time.monotonic()))
+                self._idle.append(wire)
                 self._taken -= 1
                 self._changed.notify()
                 return
@@ -69,7 +61,7 @@ class Connections:
         with self._changed:
             self._lent.discard(wire)
         wire.close()
-        self._untake()
+        self._end()
 
     def close(self) -> None:
         """Close those that are idle, cut off those that are lent, and lend none any more. May be called again."""
@@ -79,39 +71,41 @@ class Connections:
             for wire in self._lent:
                 wire.cut()
             self._changed.notify_all()
-        for wire, _ in idle:
+        for wire in idle:
             wire.close()
 
-    def _take(self, patience: Patience) -> None:
+    def _take(self, patience: Patience) -> Wire | None:
+        """The idle connection that was used last; None: a new one may be made."""
         with self._changed:
-            while not self._closed and self._taken >= self._limit:
+            while self._taken >= self._limit and not self._closed:
                 if not self._changed.wait(patience.left_s) and not patience.left_s:
                     raise StalledError(f"all {self._limit} connections were in use for {patience.budget_s:g} s")
             if self._closed:
                 raise RefusedError("it was closed")
             self._taken += 1
+            if not self._idle:
+                return None
+            wire = self._idle.pop()
+            self._lent.add(wire)
+            return wire
 
-    def _untake(self) -> None:
+    def _make(self, patience: Patience) -> Wire:
+        """A new connection, for which there is room."""
+        try:
+            wire = self._connect(patience)
+        except BaseException:
+            self._end()
+            raise
+        wire.patience = patience
+        with self._changed:
+            self._lent.add(wire)
+            closed = self._closed
+        if closed:
+            self.discard(wire)
+            raise RefusedError("it was closed")
+        return wire
+
+    def _end(self) -> None:
         with self._changed:
             self._taken -= 1
             self._changed.notify()
-
-    def _lend(self, wire: Wire, patience: Patience) -> Wire:
-        wire.patience = patience
-        with self._changed:
-            if not self._closed:
-                self._lent.add(wire)
-                return wire
-        wire.close()
-        raise RefusedError("it was closed")
-
-    def _last_idle(self) -> Wire | None:
-        """The one that was used last; those that nobody used for long are closed."""
-        with self._changed:
-            oldest_s = time.monotonic() - IDLE_S
-            stale = [wire for wire, since_s in self._idle if since_s < oldest_s]
-            self._idle = [(wire, since_s) for wire, since_s in self._idle if since_s >= oldest_s]
-            found = self._idle.pop()[0] if self._idle else None
-        for wire in stale:
-            wire.close()
-        return found

@@ -35,7 +35,7 @@ class Conversation:
         try:
             self._exchange.finish()
         except LostError:
-            if not self._wire.used:
+            if not self._wire.used_at_s:
                 raise
             self._ask_rest_anew()
         fault = next((a.text for a in self.answers if isinstance(a, ServerError) and a.is_of_the_tier), "")

@@ -18,6 +18,7 @@ from kvpool.config.service import ServiceAddress
 from kvpool.errors import ConfigError
 from kvpool.tiers.dragonfly.faults import RefusedError, StalledError
 from kvpool.tiers.dragonfly.patience import Patience
+from kvpool.tiers.dragonfly.streams import stream_of
 from kvpool.tiers.dragonfly.wire import Wire
 
 _UNIX: Any = UnixDomainSocketConnection
@@ -60,7 +61,7 @@ class Opener:
                 connection.disconnect()
             raise RefusedError(f"{peer}: {_said(error, address.password)}") from None
         patience.moved()
-        return Wire(connection._sock, connection.disconnect, peer)
+        return Wire(stream_of(connection._sock, connection.disconnect), peer)
 
     def _connection(self, address: ServiceAddress, node: Node | None, timeout_s: float) -> Any:
         parts = address.parts

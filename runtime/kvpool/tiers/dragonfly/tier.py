@@ -6,7 +6,7 @@ duration of a call. (Redis before 7 cannot make a TTL longer only: there, pools 
 
 Memory: records are read straight into the caller's buffers and written straight from them; 64 KiB per connection.
 Threads: any number call at once; a call has a connection of its own (in a cluster, one per node). A call that times out
-closes its connection before it returns. Limits: `connections` to each server; `batch_size` requests, and 2 MiB of
+closes its connection before it returns. Limits: `connections` to each server; `batch_size` requests, and 4 MiB of
 records, of a call are in flight at once. Names of hosts are looked up by the system, which has time limits of its own.
 """
 
@@ -32,10 +32,9 @@ from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableErr
 MIN_RECORD_BYTES = 2 * PAGE_BYTES
 MAX_RECORD_BYTES = 512 << 20
 """No server of this protocol holds longer values."""
-WHOLE_BYTES = 2 << 20
-PIECE_BYTES = 1 << 20
-"""Records above `WHOLE_BYTES` are read in such pieces: a server copies out what is read at once, into memory that it
-has to touch anew. Of 8 and 20 MiB, pieces gave 2.5 times as much as the whole."""
+PIECE_BYTES = 512 << 10
+"""Longer records are read in such pieces: a server copies out what is read at once, into memory that it has to touch
+anew. Measured against Redis 8.2, reading in pieces gave 1.5 times as much of 2 MiB records, and 2.5 times of 8 MiB."""
 
 
 class DragonflyTier:
@@ -79,10 +78,7 @@ class DragonflyTier:
         ]
         answers = self._ask([command for each in reads for command in each], named, self._patience())
         arrived = iter(answers.each)
-        done = [
-            _came_whole(each, list(islice(arrived, len(each))), found)
-            for each, found in zip(reads, wanted, strict=True)
-        ]
+        done = [list(islice(arrived, len(each))).count(True) == len(each) for each in reads]
         return _moved(done, answers)
 
     def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> Moved:
@@ -194,20 +190,12 @@ def _view(buffer: Buffer, nbytes: int | None = None) -> memoryview:
 
 
 def _reads(name: bytes, into: memoryview) -> list[Command]:
-    """What asks for a record: as a whole, or for its length and then for piece after piece."""
-    if len(into) <= WHOLE_BYTES:
-        return [commands.read(name, into)]
-    starts = range(0, len(into), PIECE_BYTES)
-    pieces = [commands.read_piece(name, start, into[start : start + PIECE_BYTES]) for start in starts]
-    return [commands.length_of(name), *pieces]
-
-
-def _came_whole(reads: Sequence[Command], answers: Sequence[Answer], found: Found) -> bool:
-    """Whether the length of a record, where it was asked for, and all pieces are what was expected."""
-    return all(
-        answer is True if command.into is not None else answer == found.record_bytes
-        for command, answer in zip(reads, answers, strict=True)
-    )
+    """What asks for a record, piece after piece. A value that is longer, or shorter, shows in the last."""
+    last = (len(into) - 1) // PIECE_BYTES * PIECE_BYTES
+    pieces = [
+        commands.read_piece(name, start, into[start : start + PIECE_BYTES]) for start in range(0, last, PIECE_BYTES)
+    ]
+    return [*pieces, commands.read_end(name, last, into[last:])]
 
 
 def _first(key: BlockKey, lengths: Sequence[tuple[int, Answer]]) -> Found | None:

@@ -6,24 +6,21 @@ touched for them. Not safe for several threads: whoever has borrowed it is alone
 so that once it is closed nothing can arrive anywhere.
 """
 
-import select
-import socket
-import ssl
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from itertools import islice
 
 from kvpool.tiers.dragonfly.commands import Answer, Bytes, ServerError
 from kvpool.tiers.dragonfly.faults import LostError, StalledError, SurpriseError
 from kvpool.tiers.dragonfly.patience import Patience
+from kvpool.tiers.dragonfly.streams import Stream
 
 BUFFER_BYTES = 64 << 10
 MAX_ANSWER_BYTES = 16 << 20
 """The most that an answer may take which does not go into a caller's buffer."""
 MAX_DEPTH = 8
-MAX_DRAINED_BYTES = 64 << 20
-"""A value of an unexpected length is read past; beyond this the connection is given up instead."""
+MAX_DRAINED_BYTES = 1 << 20
+"""A bulk of an unexpected length is read past; beyond this the connection is given up instead."""
 _LARGE_BYTES = 16 << 10
 _ELEMENT_BYTES = 64
 _LINE_BYTES = 256
@@ -38,19 +35,13 @@ class Wire:
     After an exception it must be closed: what comes next on it belongs to nobody knows which request.
     """
 
-    def __init__(self, stream: socket.socket, close: Callable[[], None], peer: str) -> None:
-        stream.setblocking(False)
+    def __init__(self, stream: Stream, peer: str) -> None:
         self.peer, self.host = peer, peer.rpartition(":")[0]
         self.patience = Patience(0.0)
-        self.used = False
-        """Whether a call has used it before: the server may have closed it since."""
+        self.used_at_s = 0.0
+        """When the last call gave it back, on the monotonic clock; 0: none has."""
         self._stream = stream
-        self._tls = stream if isinstance(stream, ssl.SSLSocket) else None
-        self._close = close
-        self._poll = select.poll()
-        self._events = select.POLLIN
-        self._poll.register(stream, self._events)
-        self._outgoing: deque[memoryview] = deque()
+        self._outgoing: deque[Bytes] = deque()
         self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -59,53 +50,39 @@ class Wire:
     def close(self) -> None:
         """Close the connection. Calling it again does nothing."""
         self._outgoing.clear()
-        self._close()
+        self._stream.close()
 
     def cut(self) -> None:
         """End the connection under whoever uses it, from another thread: what he waits for does not come any more."""
-        with suppress(OSError):  # it is closed already
-            socket.socket.shutdown(self._stream, socket.SHUT_RDWR)  # that of TLS would have him read what is encrypted
+        self._stream.cut()
 
     def is_quiet(self) -> bool:
         """Whether it can be used again: nobody has closed it, and nothing came that nobody asked for."""
-        if self._end != self._start or self._outgoing:
-            return False
-        if self._tls is None:
-            return not self._poll.poll(0)
-        try:
-            self._tls.recv(1)
-        except ssl.SSLWantReadError:  # a session ticket may have come
-            return True
-        except OSError:
-            return False
-        return False
+        return self._end == self._start and not self._outgoing and self._stream.is_quiet()
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def send(self, parts: list[Bytes]) -> None:
+    def send(self, parts: Sequence[Bytes]) -> None:
         """Queue these, and write as much as goes at once; the rest goes while answers are read."""
-        self._outgoing.extend(memoryview(part) for part in parts)
+        self._outgoing.extend(parts)
         self._write()
 
     def _write(self) -> None:
         """Write what goes without waiting."""
-        try:
-            while self._outgoing:
-                sent = self._write_some()
-                self.patience.moved()
-                while self._outgoing and sent >= len(self._outgoing[0]):
-                    sent -= len(self._outgoing.popleft())
-                if sent:
-                    self._outgoing[0] = self._outgoing[0][sent:]
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            pass
-        except OSError as error:
-            raise LostError(f"{self.peer}: {error.strerror or error}") from None
-
-    def _write_some(self) -> int:
-        if self._tls is not None:
-            return self._tls.send(self._outgoing[0])
-        return self._stream.sendmsg(list(islice(self._outgoing, _MAX_PARTS)))
+        outgoing = self._outgoing
+        while outgoing:
+            parts = outgoing if len(outgoing) <= _MAX_PARTS else list(islice(outgoing, _MAX_PARTS))
+            try:
+                sent = self._stream.send(parts)
+            except OSError as error:
+                raise self._lost(error) from None
+            if not sent:
+                return
+            self.patience.moved()
+            while outgoing and sent >= len(outgoing[0]):
+                sent -= len(outgoing.popleft())
+            if sent:
+                outgoing[0] = memoryview(outgoing[0])[sent:]
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -222,42 +199,34 @@ class Wire:
         self._start += 2
 
     def _fill(self, at_most: int = BUFFER_BYTES) -> None:
-        """Take something off the stream, for which nothing is there yet, as far as we know."""
+        """Take something off the stream into the buffer."""
         if self._start == self._end:
             self._start = self._end = 0
-        if self._tls is None or not self._tls.pending():
-            self._wait()
         self._end += self._receive(self._view[self._end : self._end + at_most])
 
     def _receive(self, into: memoryview) -> int:
-        """Bytes off the stream, at least one; waits for them only where there are none."""
-        while True:
-            try:
-                came = self._stream.recv_into(into)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait()
-                continue
-            except OSError as error:
-                raise LostError(f"{self.peer}: {error.strerror or error}") from None
-            if not came:
-                raise LostError(f"{self.peer}: it closed the connection")
-            self.patience.moved()
-            return came
+        """Bytes off the stream, at least one; what waits to be written is written meanwhile."""
+        came: int | None = None
+        try:
+            while self._outgoing and came is None:
+                came = self._stream.receive_unless_writable(into, self.patience)
+                if came is None:
+                    self._write()
+                    if not self.patience.left_s:
+                        raise TimeoutError
+            if came is None:
+                came = self._stream.receive(into, self.patience)
+        except TimeoutError:
+            raise StalledError(f"{self.peer}: nothing moved for {self.patience.budget_s * 1000:.0f} ms") from None
+        except OSError as error:
+            raise self._lost(error) from None
+        if not came:
+            raise LostError(f"{self.peer}: it closed the connection")
+        self.patience.moved()
+        return came
 
-    def _wait(self) -> None:
-        """Until something can be read; write meanwhile."""
-        while True:
-            if self._outgoing:
-                self._write()
-            events = select.POLLIN | select.POLLOUT if self._outgoing else select.POLLIN
-            if events != self._events:
-                self._poll.modify(self._stream, events)
-                self._events = events
-            ready = self._poll.poll(1000 * self.patience.left_s)
-            if not ready:
-                raise StalledError(f"{self.peer}: nothing moved for {self.patience.budget_s * 1000:.0f} ms")
-            if ready[0][1] & ~select.POLLOUT:
-                return
+    def _lost(self, error: OSError) -> LostError:
+        return LostError(f"{self.peer}: {error.strerror or error}")
 
     def _number(self, line: bytearray) -> int:
         try:
