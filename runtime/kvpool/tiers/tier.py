@@ -126,8 +126,9 @@ class KeyedTier(Protocol):
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
         """Copy each record into its buffer, which has `record_bytes`; not done where it is gone, or of another length.
 
-        The bytes are as they are there: the caller verifies them. The records read are used: what the tier keeps by
-        recency or for a time is kept as if written now.
+        The bytes are as they are there: the caller verifies them. A buffer that is not done may hold anything. `wanted`
+        are in their prompt's order, and used by this: what the tier keeps by recency or for a time is kept as if
+        written now. Who reads a prompt's end without its beginning calls `touch` for the whole of it.
         """
         ...
 
