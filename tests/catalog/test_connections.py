@@ -307,13 +307,6 @@ def test_an_open_transaction_never_reaches_the_next_borrower(connections: Connec
     assert one(connections) == 1
 
 
-def test_a_pipeline_may_follow_a_stream(connections: Connections) -> None:
-    with connections.borrow() as connection:
-        assert list(connection.stream("select 7 where %s", (True,))) == [(7,)]
-        with connection.pipeline():
-            assert connection.execute("select 8 from generate_series(1, 2)").fetchall() == [(8,)] * 2
-
-
 def test_failures_leave_no_descriptors_and_no_threads(server: Server, connections: Connections) -> None:
     assert one(connections) == 1
     process = psutil.Process()

@@ -8,14 +8,13 @@ that swallows packets, costs one budget; a long answer that keeps coming costs a
 import ipaddress
 import select
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
 from psycopg import pq
-from psycopg.abc import Params, PQGen, Query
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 from psycopg.waiting import Ready, Wait
@@ -68,7 +67,6 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         super().__init__(pgconn, row_factory)
         self.budget_s = 1.0
         self.stalled = False
-        self._streamed = False
         self._fd = pgconn.socket
         self._events = select.POLLIN
         self._poll = select.poll()
@@ -108,24 +106,6 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         except StopIteration as end:
             answer: T = end.value
             return answer
-
-    def stream(self, query: Query, parameters: Params) -> Iterator[TupleRow]:
-        """The rows of a query as they come, in binary: no more than one of them is in memory."""
-        self._streamed = True
-        return self.cursor(binary=True).stream(query, parameters)
-
-    @contextmanager
-    def pipeline(self) -> Iterator[psycopg.Pipeline]:
-        """Send statements without waiting for each one's answer; see psycopg.
-
-        libpq takes the first one's answer row by row where the statement before it was streamed, which psycopg does not
-        expect: so there is another in between.
-        """
-        if self._streamed:
-            self.execute("select")
-            self._streamed = False
-        with super().pipeline() as pipeline:
-            yield pipeline
 
     def _stall(self) -> NoReturn:
         self.stalled = True

@@ -11,12 +11,12 @@ FIND = Statement("""
 """)
 
 GET = Statement("""
-    select wanted.place, p.record, p.used_at < now() - %(refresh)s::interval
+    select wanted.place, p.used_at < now() - %(refresh)s::interval, p.record
     from unnest(%(keys)b::bytea[], %(codecs)b::smallint[], %(lengths)b::int[])
         with ordinality wanted (key, codec, nbytes, place)
     join kvpool.payloads p on p.key = wanted.key and p.codec = wanted.codec and p.nbytes = wanted.nbytes
 """)
-"""One row at a time, so that there is never more than one record in memory."""
+"""Read by COPY, whose parameters psycopg writes into the statement, for the server takes none there."""
 
 ROOM = Statement("""
     select now(),

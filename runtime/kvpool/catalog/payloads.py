@@ -21,6 +21,7 @@ from kvpool.catalog import payload_statements as sql
 from kvpool.catalog.bounded_connection import BoundedConnection
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
+from kvpool.catalog.payload_reading import read_records
 from kvpool.catalog.payload_storing import batches_of, size_of, store
 from kvpool.catalog.statement import Statement
 from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableError, Usage
@@ -181,18 +182,10 @@ class PayloadTier:
             raise TierUnavailableError(TierName.DATABASE, "it was closed")
 
     def _get(self, wanted: Sequence[Found], views: Sequence[Any], done: list[bool]) -> None:
-        keys = [found.key for found in wanted]
-        codecs = [found.codec for found in wanted]
-        lengths = [found.record_bytes for found in wanted]
-        parameters = {"keys": keys, "codecs": codecs, "lengths": lengths, "refresh": self._refresh}
-        stale = False
         with self._connected() as connection:
-            for place, record, is_stale in connection.stream(sql.GET, parameters):
-                np.copyto(views[place - 1], np.frombuffer(record, np.uint8))
-                done[place - 1] = True
-                stale = stale or is_stale
-            if stale:
-                self._refresh_chain(connection, keys, sorted(set(codecs)))
+            if read_records(connection, wanted, views, done, self._refresh):
+                codecs = sorted({found.codec for found in wanted})
+                self._refresh_chain(connection, [found.key for found in wanted], codecs)
 
     def _refresh_chain(self, connection: BoundedConnection, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
         """Move the times of use of a whole chain, where one is older than `refresh_s` and the server takes writes."""
