@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import Buffer
 from kvpool.config import RuntimeConfig
 from kvpool.pool.pool import Pool
+from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
 
 from .kv import config
@@ -115,6 +116,9 @@ class Shared:
 
     def start(self) -> None:
         """There is no server."""
+
+    def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
+        """There are none."""
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """There is nothing to be changed."""

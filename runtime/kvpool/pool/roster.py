@@ -6,13 +6,14 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from kvpool.api.codec import Codec
 from kvpool.blocks.identity import Fingerprint, ModelIdentity
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.codecs import check_available
 from kvpool.config import RuntimeConfig
-from kvpool.config.runtime import QuotaConfig
+from kvpool.config.runtime import QuotaConfig, QuotaTier
 from kvpool.errors import ConfigError, InputError
 from kvpool.pool.burying import bury, trees_of
 from kvpool.pool.engine import Engine
@@ -21,12 +22,14 @@ from kvpool.pool.gpu_store import extent_bytes_of
 from kvpool.pool.model import Model
 from kvpool.pool.quotas import LEVEL_OF, check_guarantees, quotas_of
 from kvpool.pool.registry import Registry, Terms
+from kvpool.pool.remote.share import Limit
 from kvpool.pool.results import ModelSpec, UnregisterReport
 from kvpool.prefix.accounts import Quotas
 from kvpool.prefix.history import Loss
 from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.tiers.tier import TierName
 
+SHARED_TIERS: Final[tuple[QuotaTier, ...]] = ("dragonfly", "database")
 _log = logging.getLogger(__name__)
 
 
@@ -244,6 +247,22 @@ class Roster:
         ssd_bytes = config.ssd.capacity_bytes if config.ssd else 0
         self._engine.index.set_quotas(quotas, [self._gpu_guaranteed, config.ram.capacity_bytes, ssd_bytes])
         self.note_gpu_capacity()
+        self._set_shared_limits(config)
+
+    def _set_shared_limits(self, config: RuntimeConfig) -> None:
+        """Put the limits of shared tiers into force, for all revisions of the models that have one."""
+        if self._engine.remote is None:
+            return
+        identities = self._registry.known()
+        limits: dict[TierName, dict[Fingerprint, Limit]] = {}
+        for tier in SHARED_TIERS:
+            named = {
+                model.name: Limit(model.name, quota.limit_bytes)
+                for model in config.models
+                if (quota := model.quotas.get(tier)) is not None and quota.limit_bytes is not None
+            }
+            limits[TierName(tier)] = {one.fingerprint: named[one.name] for one in identities if one.name in named}
+        self._engine.remote.set_limits(limits)
 
     def _add_model(self, identity: ModelIdentity, prefill_tokens_per_second: float | None) -> Model:
         if prefill_tokens_per_second is None:
@@ -254,6 +273,7 @@ class Roster:
             self._engine, identity, self._explainer, prefill_tokens_per_second=prefill_tokens_per_second
         )  # fmt: skip
         self._models[identity.fingerprint] = model
+        self._set_shared_limits(self._config)
         if self._engine.catalog is not None:
             self._engine.catalog.model_is_used(identity)
         return model

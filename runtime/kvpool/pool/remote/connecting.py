@@ -1,9 +1,11 @@
 """How a shared tier is reached: what is asked for one when the pool opens, and again while there is none."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from kvpool.blocks.identity import Fingerprint
 from kvpool.config import RuntimeConfig
+from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import KeyedTier, TierName
 
 
@@ -22,6 +24,10 @@ class Connector(Protocol):
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         """Whether blocks of a model go there at all."""
+        ...
+
+    def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
+        """Replace what models may have in the tier. For models that are not named there is no limit."""
         ...
 
     def reconfigure(self, config: RuntimeConfig) -> None:

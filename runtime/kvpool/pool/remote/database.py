@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvpool.blocks.identity import Fingerprint
@@ -13,6 +13,7 @@ from kvpool.config.service import ServiceAddress, read_service
 from kvpool.local import LocalServer, LocalServerError, local_postgres
 from kvpool.pool.remote.catalog import Catalog
 from kvpool.pool.remote.epoch_sync import EpochSync
+from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 SCHEMES = ("postgresql", "postgres")
@@ -42,6 +43,8 @@ class DatabaseConnector:
         self._epochs = epochs
         self._record_bytes_of = record_bytes_of
         self._server: LocalServer | None = None
+        self._tier: PayloadTier | None = None
+        self._limits: Mapping[Fingerprint, Limit] = {}
 
     def start(self) -> None:
         """As `Connector` says."""
@@ -67,12 +70,22 @@ class DatabaseConnector:
             inline_bytes=self._config.inline_bytes,
         )
         tier.usage()
+        self._tier = tier
+        self.set_limits(self._limits)
         return tier
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         """Whether a model's records are small enough to be kept in the database."""
         record_bytes = self._record_bytes_of(fingerprint)
         return record_bytes is not None and record_bytes <= self._config.inline_max_bytes
+
+    def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
+        """As `Connector` says; kept by the database, for all processes together, for each revision by itself."""
+        before, self._limits = self._limits, limits
+        if self._tier is not None:
+            for fingerprint in {*before, *limits}:
+                limit = limits.get(fingerprint)
+                self._tier.set_limit(fingerprint, None if limit is None else limit.nbytes)
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvpool.blocks.identity import Fingerprint
@@ -9,6 +10,7 @@ from kvpool.config import DragonflyConfig, RuntimeConfig
 from kvpool.config.service import ServiceAddress, read_service
 from kvpool.local import LocalServer, LocalServerError, local_redis
 from kvpool.pool.remote.epoch_sync import EpochSync
+from kvpool.pool.remote.share import Limit, LimitedTier
 from kvpool.tiers.dragonfly.tier import DragonflyTier
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
@@ -27,6 +29,8 @@ class DragonflyConnector:
         self._epochs = epochs
         self._server: LocalServer | None = None
         self._tier: DragonflyTier | None = None
+        self._limited: LimitedTier | None = None
+        self._limits: Mapping[Fingerprint, Limit] = {}
 
     def start(self) -> None:
         """As `Connector` says."""
@@ -40,7 +44,7 @@ class DragonflyConnector:
         except LocalServerError as error:
             raise TierUnavailableError(self.name, str(error)) from error
 
-    def connect(self) -> DragonflyTier:
+    def connect(self) -> LimitedTier:
         """As `Connector` says. Not before it is known what was erased meanwhile."""
         if not self._epochs.trusted:
             raise TierUnavailableError(self.name, "not used before the catalog has said which tenants were erased")
@@ -59,11 +63,19 @@ class DragonflyConnector:
             tier.close()
             raise
         self._tier = self._epochs.hints = tier
-        return tier
+        self._limited = LimitedTier(tier, ttl_s=lambda: self._config.ttl_s)
+        self._limited.set_limits(self._limits)
+        return self._limited
 
     def is_wanted(self, fingerprint: Fingerprint) -> bool:
         """All blocks go there."""
         return True
+
+    def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
+        """As `Connector` says; kept by what this process writes."""
+        self._limits = limits
+        if self._limited is not None:
+            self._limited.set_limits(limits)
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvpool.blocks.identity import Fingerprint
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.remote.erasing import Eraser
 from kvpool.pool.remote.lookup import Lookup, LookupParts, Prompt, Sources
 from kvpool.pool.remote.sender import Sender
+from kvpool.pool.remote.share import Limit
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.sending import Parcel, new_parcel, used_parcel
@@ -174,6 +176,11 @@ class Remote:
                 store.fell_out(f"{type(error).__name__}: {error}")
 
         return noting
+
+    def set_limits(self, limits: Mapping[TierName, Mapping[Fingerprint, Limit]]) -> None:
+        """Replace what models may have in shared tiers."""
+        for connector in self._connectors:
+            connector.set_limits(limits.get(connector.name, {}))
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """Take over what of another configuration can change while the pool is open."""
