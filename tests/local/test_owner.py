@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -139,3 +142,27 @@ def test_root_has_postgres_run_as_nobody_where_namespaces_are_forbidden(servers:
     server.start()
     assert read(POSTGRES, server.folder) == "kept"
     assert (directory / POSTGRES / "data").stat().st_uid == 0
+
+
+def test_root_who_may_be_nobody_else_is_told_to_run_the_pool_as_a_user(tmp_path: Path) -> None:
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("only root, with util-linux, can give its rights up")
+    done = subprocess.run(
+        [
+            setpriv,
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+            sys.executable,
+            "-m",
+            "tests.local.owner",
+            tmp_path,
+            POSTGRES,
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "LocalServerError: the server postgres" in done.stderr
+    assert "run the pool as an ordinary user" in done.stderr

@@ -15,6 +15,7 @@ little, and nothing from outside the standard library and this package: a pool w
 
 import json
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -70,6 +71,7 @@ class _Guard:
 
     def run(self) -> int:
         os.umask(0o077)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold prompts, and nobody would bound it
         kernel.adopt_orphans()
         wake, wake_end = os.pipe()
         output, output_end = os.pipe()
@@ -194,9 +196,16 @@ class _Guard:
         left_s = self._kill_at - time.monotonic()
         if left_s > 0:
             return left_s
-        for child in _children() or [self._server]:
+        for child in self._children():
             self._signal(child, signal.SIGKILL)
         return 0.1  # new ones may come to us, of parents that have just ended
+
+    def _children(self) -> list[int]:
+        """The processes that are ours to end."""
+        try:
+            return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        except OSError:  # the kernel does not tell: the one that we know
+            return [self._server] if self._status is None else []
 
     def _signal(self, process: int, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -222,14 +231,6 @@ class _Guard:
 
 def _noted(number: int, frame: object) -> None:
     """Do nothing: the wake-up pipe says that a signal came."""
-
-
-def _children() -> list[int]:
-    """The processes that are ours to end. Empty where the kernel does not tell."""
-    try:
-        return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def _remove(directory: Path) -> None:

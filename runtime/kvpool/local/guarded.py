@@ -20,6 +20,8 @@ _CODE = "import sys; sys.path.append(sys.argv[1]); from kvpool.local.guard impor
 """With -I and -S: nothing of the user's environment or of other packages takes part, or takes time."""
 _KEPT_OF_THE_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 _START_S = 20.0
+KILLED = 128 + signal.SIGKILL
+"""The status of a program that SIGKILL ended."""
 _MARGIN_S = 2 * guard.LEFTOVERS_S + 3.0
 """How long the guard may take beyond what it allows the program."""
 
@@ -71,10 +73,11 @@ class Guarded:
             return self._process.wait(max(0.0, end - time.monotonic()))
         return None
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float) -> bool:
         """Ask the program to stop, kill it when it has not after `grace_s`, and give back pipes and process.
 
-        Raises `LocalServerError` where even that did not end it. Safe to call again.
+        Returns whether it ended without being killed. Raises `LocalServerError` where even that did not end it. Safe
+        to call again.
         """
         end = time.monotonic() + grace_s
         self._tell(f"stop {grace_s}")
@@ -82,6 +85,7 @@ class Guarded:
         if status is None or (status < 0 and not self._end_unguarded(end)):
             raise LocalServerError(f"{self._job.command[0]}, process {self.pid}, does not end, not even by SIGKILL")
         self._give_back()
+        return status != KILLED
 
     def _end_unguarded(self, end: float) -> bool:
         """Somebody killed the guard; the kernel has told the program to stop. Whether it did, or does when killed."""

@@ -115,6 +115,8 @@ class PostgresRecipe:
                     f"put the right one there, or move {place.home} away to begin anew"
                 ) from error
             return False
+        except psycopg.Error as error:
+            raise LocalServerError(f"the database {DATABASE} cannot be made in {place.data}: {error}") from error
         return True
 
     def set_data_aside(self, place: Place) -> bool:

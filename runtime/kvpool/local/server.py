@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from kvpool.local.errors import LocalServerError
 from kvpool.local.guard import Job
-from kvpool.local.guarded import Guarded
+from kvpool.local.guarded import KILLED, Guarded
 from kvpool.local.lock import lock_directory
 from kvpool.local.log_file import last_lines, put_by
 from kvpool.local.place import Place, make_private
@@ -122,9 +122,7 @@ class LocalServer:
             try:
                 self._start(end)
             except OSError as error:
-                raise LocalServerError(
-                    f"the server {self.name} cannot use its directory {self._home}: {error.strerror or error}"
-                ) from error
+                raise LocalServerError(f"the server {self.name} cannot be started in {self._home}: {error}") from error
 
     def stop(self, deadline_s: float | None = None) -> None:
         """Have the server save what it keeps, and end; killed after `deadline_s`. Safe to call again.
@@ -146,7 +144,8 @@ class LocalServer:
     def _end(self, grace_s: float) -> None:
         running = self._running
         if running is not None:
-            running.stop(grace_s)
+            if not running.stop(grace_s):
+                _log.warning("%s in %s was killed: what it had not saved is lost", self.version, self._home)
             self._running = None
 
     def _remove_sockets(self) -> None:
@@ -155,8 +154,10 @@ class LocalServer:
             return
         with suppress(LocalServerError):  # somebody has started a server there since: now it is theirs
             lock = lock_directory(self._home, time.monotonic())
-            remove_sockets(self._home, sockets)
-            os.close(lock)
+            try:
+                remove_sockets(self._home, sockets)
+            finally:
+                os.close(lock)
 
     def _start(self, end: float) -> None:
         self._end(0.0)  # it ended by itself
@@ -192,14 +193,14 @@ class LocalServer:
         try:
             self._run(place, lock, end)
         except _EndedAtStartError as ended:
-            if not self._recipe.set_data_aside(place):
+            if ended.was_killed or not self._recipe.set_data_aside(place):
                 raise
             try:
                 self._run(place, lock, end)
-            except BaseException:
-                self._recipe.settle_data(place, wanted=True)
+            except LocalServerError:
                 raise ended from None
-            self._recipe.settle_data(place, wanted=False)
+            finally:
+                self._recipe.settle_data(place, wanted=self._running is None)
             _log.warning("%s could not read the data in %s and begins without", self.version, place.data)
 
     def _run(self, place: Place, lock: int, end: float) -> None:
@@ -216,7 +217,8 @@ class LocalServer:
         while True:
             left_s = end - time.monotonic()
             if running.ended:
-                raise _EndedAtStartError(self._failed(place, "it ended at its start"))
+                was_killed = running.wait(end) == KILLED
+                raise _EndedAtStartError(self._failed(place, "it ended at its start"), was_killed=was_killed)
             if left_s <= 0:
                 raise LocalServerError(self._failed(place, "it did not answer in time"))
             if self._recipe.answers(place, left_s):
@@ -245,3 +247,7 @@ class LocalServer:
 
 class _EndedAtStartError(LocalServerError):
     """The program ended before it answered."""
+
+    def __init__(self, message: str, *, was_killed: bool) -> None:
+        super().__init__(message)
+        self.was_killed = was_killed
