@@ -154,5 +154,10 @@ def _write(
 def _insert(
     connection: BoundedConnection, whose: Mapping[str, object], sealed: Sealed, used_at: datetime
 ) -> psycopg.Cursor[TupleRow]:
-    record = {"key": sealed.key, "codec": sealed.codec, "record": memoryview(sealed.record), "used_at": used_at}
+    record = {
+        "key": sealed.key,
+        "codec": sealed.codec,
+        "record": memoryview(sealed.record).cast("B"),
+        "used_at": used_at,
+    }
     return connection.cursor(binary=True).execute(sql.INSERT, {**record, **whose})
