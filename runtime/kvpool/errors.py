@@ -6,6 +6,7 @@ KvpoolError
 ├── UnsupportedModelError     a model whose cache cannot be kept correctly
 ├── DirectoryInUseError       another process holds the pool's directory
 ├── IncompatibleDataError     a directory written by a newer program
+├── SharedTierOutError        a question that only a shared tier can answer, and it is out
 └── PoolClosedError           the pool, or the lease, was closed before
 
 A fault of a tier is none of these: it is a miss, a counter and a log line.
@@ -34,6 +35,10 @@ class DirectoryInUseError(KvpoolError):
 
 class IncompatibleDataError(KvpoolError):
     """The directory was written by a newer program; the message says which version it needs."""
+
+
+class SharedTierOutError(KvpoolError):
+    """A question that only the catalog or Qdrant can answer, and it does not answer now."""
 
 
 class PoolClosedError(KvpoolError):

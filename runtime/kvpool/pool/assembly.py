@@ -163,6 +163,7 @@ def assemble(
         gpu=gpu_parts,
         remote=None,
         catalog=None,
+        prompts=None,
         epoch_sync=epoch_sync,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
@@ -185,6 +186,7 @@ def assemble(
         if tiers.catalog is not None:
             engine.catalog = tiers.catalog
             remote.reporter = tiers.catalog.reporter
+            remote.prompts = engine.prompts = tiers.prompts
             events.tap = tiers.catalog.reporter.copied
             index.on_removed = tiers.catalog.reporter.removed
     return engine
@@ -296,8 +298,8 @@ def sharing_rules(config: RuntimeConfig) -> SharingRules:
 def notices(config: RuntimeConfig) -> tuple[str, ...]:
     """What the configuration asks for and this version does not have, a sentence each."""
     found = []
-    if config.database is not None and config.database.qdrant is not None:
-        found.append("tiers.database.qdrant is not used: this version has no semantic prefetch")
+    if config.prefetch.semantic:
+        found.append("prefetch.semantic is not used: this version does not prefetch")
     return tuple(found)
 
 

@@ -39,7 +39,8 @@ from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
 
 if TYPE_CHECKING:
-    from kvpool.pool.remote.catalog import Catalog
+    from kvpool.pool.remote.catalog import PoolCatalog
+    from kvpool.pool.remote.prompts import PromptMemory
 
 SHARED_TENANT = ""
 """Stands for all tenants where `sharing.scope` is `pool`; nobody's own name, for those are not empty."""
@@ -128,8 +129,10 @@ class Engine:
     epoch_sync: EpochSync
     remote: Remote | None
     """None: the configuration has no tier that is shared."""
-    catalog: Catalog | None
+    catalog: PoolCatalog | None
     """None: the configuration has no database tier."""
+    prompts: PromptMemory | None
+    """None: the configuration has no Qdrant."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
     is_known_name: Callable[[str], bool]

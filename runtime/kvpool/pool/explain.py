@@ -1,7 +1,10 @@
 """Says of each block of a prompt where it is, or why it was a miss. Reads only."""
 
-from collections.abc import Callable, Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, ModelIdentity, TreeId
 from kvpool.pool.engine import Tenants
@@ -13,7 +16,10 @@ from kvpool.prefix.index import LEVEL_NAMES, PrefixIndex
 from kvpool.prefix.looking import levels_of
 from kvpool.prefix.node import SSD
 from kvpool.prefix.tree import Extras
-from kvpool.tiers.tier import TierName
+from kvpool.tiers.tier import TierName, TierUnavailableError
+
+if TYPE_CHECKING:
+    from kvpool.catalog.trail import Eviction
 
 _WHY = {
     Loss.EVICTED: (Verdict.EVICTED, "evicted from {tier} by the policy"),
@@ -40,7 +46,9 @@ class Explainer:
         models: Callable[[], Iterable[ModelIdentity]],
         shared: Sequence[RemoteStore] = (),
         readable: Callable[[Fingerprint], Iterable[int]] = lambda _: (),
+        trail: Callable[[Sequence[BlockKey]], Mapping[BlockKey, Eviction]] | None = None,
     ) -> None:
+        self._trail = trail
         self._index = index
         self._tenants = tenants
         self._store = store
@@ -58,6 +66,7 @@ class Explainer:
         reachable = [bool(found) or is_here for found, is_here in zip(elsewhere, here, strict=True)]
         first_hole = reachable.index(False) if False in reachable else len(levels)
         erased = self._keys_before_erasure(identity, tree_id, tokens, extras)
+        gone = self._gone_elsewhere([key for key, found in zip(keys, reachable, strict=True) if not found])
         others = self._held_by_others(identity, tenant, tokens, extras, len(keys)) if first_hole < len(keys) else {}
         reports = []
         for index, (key, held) in enumerate(zip(keys, levels, strict=True)):
@@ -67,7 +76,7 @@ class Explainer:
             else:
                 fate = self._index.history.fate(key) or (self._index.history.fate(erased[index]) if erased else None)
                 verdict, at_s, detail = self._lost(fate, others.get(index), tree_id.epoch)
-                detail += self._unasked()
+                detail += gone.get(key, "") + self._unasked()
             reports.append(BlockReport(index, key, tiers, verdict, at_s, detail))
         return reports
 
@@ -88,6 +97,19 @@ class Explainer:
                 if block is not None:
                     found[at] += (store.name,)
         return found
+
+    def _gone_elsewhere(self, keys: Sequence[BlockKey]) -> Mapping[BlockKey, str]:
+        """What the catalog says of how these blocks went from other nodes and shared tiers, as far as it answers."""
+        if self._trail is None or not keys:
+            return {}
+        try:
+            found = self._trail(keys)
+        except TierUnavailableError as error:
+            return dict.fromkeys(keys, f"; the catalog, which may know more, does not answer ({error.reason})")
+        return {
+            key: f"; went last from {eviction.tier} of {eviction.node} at {_time(eviction.at_s)} ({eviction.reason})"
+            for key, eviction in found.items()
+        }
 
     def _unasked(self) -> str:
         """What is to be said of shared tiers that could not be asked."""

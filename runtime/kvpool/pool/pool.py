@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kvpool.api import KVCachePool
 from kvpool.blocks.identity import Fingerprint, ModelIdentity
+from kvpool.blocks.tokens import Tokens
 from kvpool.config import RuntimeConfig, changes, default_directory, load_config, runtime_config, with_live_changes
 from kvpool.errors import InputError
 from kvpool.pool.assembly import assemble, live_settings, notices, sharing_rules
@@ -21,6 +24,7 @@ from kvpool.pool.directory import PoolDirectory
 from kvpool.pool.engine import Engine
 from kvpool.pool.events import Event
 from kvpool.pool.explain import Explainer
+from kvpool.pool.finding import FoundEntry, Question, find
 from kvpool.pool.gpu_store import GpuOpener, TorchDevice
 from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
@@ -96,6 +100,7 @@ class Pool:
             self._registry.known,
             () if self._engine.remote is None else self._engine.remote.stores,
             self._engine.encodings.readable,
+            None if self._engine.catalog is None else self._engine.catalog.reading.trail,
         )
         self._roster = Roster(self._registry, self._engine, explainer, config, self.directory)
         self._chores = Chores(self._engine, self._roster.forget_trees)
@@ -194,6 +199,8 @@ class Pool:
             found.add(Degradation.NO_GPU)
         if engine.remote is not None:
             found |= {_OUT[store.name] for store in engine.remote.stores if not store.usable}
+        if engine.prompts is not None and not engine.prompts.usable:
+            found.add(Degradation.NO_QDRANT)
         return frozenset(found)
 
     def release_device_memory(self, nbytes: int) -> int:
@@ -246,6 +253,31 @@ class Pool:
             catalog_told=told.catalog_told,
         )
 
+    def find(
+        self,
+        model: str,
+        tenant: str | None = None,
+        *,
+        prefix: Tokens | None = None,
+        similar_to: Tokens | None = None,
+        older_than: timedelta | None = None,
+        where: Mapping[str, Any] | None = None,
+        limit: int = 1000,
+    ) -> list[FoundEntry]:
+        """Find blocks that this pool or others with its catalog hold: all that is given must hold of them.
+
+        `prefix`: those that begin with these tokens, from the last block of it on. `similar_to`: the last blocks of the
+        prompts most like these tokens, best first. `older_than`: not used for so long. `where`: their metadata has
+        these JSON values. At most `limit`, those used longest ago first. Asks the catalog, and shared tiers whether
+        they have what it says; seconds old, for the catalog is written behind. Raises `InputError` for what cannot be
+        asked of this pool, and `SharedTierOutError` where the catalog or Qdrant does not answer.
+        """
+        self._engine.gate.check()
+        identity = self._roster.model(model).identity
+        older_than_s = None if older_than is None else older_than.total_seconds()
+        question = Question(identity, tenant, prefix, similar_to, older_than_s, where or {}, limit)
+        return find(self._engine, question)
+
     def reload(self, config: RuntimeConfig) -> ReloadReport:
         """Take over what of `config` can change while the pool is open; the report names what cannot."""
         self._engine.gate.check()
@@ -294,6 +326,8 @@ class Pool:
             engine.remote.connect()
         if engine.catalog is not None:
             engine.catalog.start(self.config.prices)
+        if engine.prompts is not None:
+            engine.prompts.start()
         tier = engine.store.open() if engine.epoch_sync.trusted else None
         if tier is not None:
             use_tier(engine, tier)
@@ -334,6 +368,8 @@ class Pool:
                 stack.callback(engine.remote.close, until_s)
             if engine.catalog is not None:
                 stack.callback(engine.catalog.close, self.models(), until_s)
+            if engine.prompts is not None:
+                stack.callback(engine.prompts.close, until_s)
             if engine.remote is not None:
                 stack.callback(self._remote_keeper.close, until_s)
             stack.callback(engine.readers.close, until_s)

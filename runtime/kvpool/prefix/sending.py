@@ -75,6 +75,17 @@ def chain(index: PrefixIndex, sending: Parcel) -> tuple[TreeId, list[BlockKey]] 
         return node.tree.id, keys
 
 
+def tokens(index: PrefixIndex, sending: Parcel) -> bytes:
+    """The token ids of the prompt from its first block to the parcel's last one; none where all that is gone."""
+    with index.lock:
+        node = _standing(sending.node)
+        if node is None:
+            return b""
+        size = node.tree.token_bytes
+        parts = path_to(node)
+        return b"".join(part.tokens[: (min(part.end, sending.until) - part.start) * size] for part in parts)
+
+
 def begin(
     index: PrefixIndex,
     sending: Parcel,

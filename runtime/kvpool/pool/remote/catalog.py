@@ -14,6 +14,7 @@ from uuid import UUID
 
 from kvpool.blocks.identity import ALL_TENANTS, ModelIdentity, TenantDigest
 from kvpool.catalog.authority import Authority
+from kvpool.catalog.catalog import Catalog
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.journal import Journal
 from kvpool.catalog.migrations import Schema
@@ -44,7 +45,7 @@ CLOSE_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-class Catalog:
+class PoolCatalog:
     """One for a pool with a database tier. `address` is asked for each new connection."""
 
     def __init__(
@@ -61,6 +62,7 @@ class Catalog:
         self.connections = Connections(
             address, size=config.postgres.connections, budget_s=config.budget_s, tls=config.postgres.tls
         )
+        self.reading = Catalog(self.connections, self.schema)
         self.authority = Authority(self.connections, self.schema)
         journal = Journal(directory / JOURNAL_NAME, max_bytes=config.journal_bytes)
         self._writer = CatalogWriter(self.connections, journal, node=node, schema=self.schema)

@@ -11,7 +11,7 @@ from kvpool.catalog.payloads import PayloadTier
 from kvpool.config import DatabaseConfig, RuntimeConfig
 from kvpool.config.service import ServiceAddress, read_service
 from kvpool.local import LocalServer, LocalServerError, local_postgres
-from kvpool.pool.remote.catalog import Catalog
+from kvpool.pool.remote.catalog import PoolCatalog
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import TierName, TierUnavailableError
@@ -32,7 +32,7 @@ class DatabaseConnector:
         local: Path,
         epochs: EpochSync,
         *,
-        make_catalog: Callable[[Callable[[], ServiceAddress]], Catalog],
+        make_catalog: Callable[[Callable[[], ServiceAddress]], PoolCatalog],
         record_bytes_of: Callable[[Fingerprint], int | None],
     ) -> None:
         self.catalog = make_catalog(self._address)

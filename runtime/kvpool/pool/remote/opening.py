@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from kvpool.blocks.identity import Fingerprint
-from kvpool.config import RuntimeConfig
+from kvpool.config import QdrantConfig, RuntimeConfig
+from kvpool.config.service import read_service
 from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.prefix.index import PrefixIndex
 
 if TYPE_CHECKING:
-    from kvpool.pool.remote.catalog import Catalog
+    from kvpool.pool.remote.catalog import PoolCatalog
+    from kvpool.pool.remote.prompts import PromptMemory
 
 LOCAL_NAME, SERVICES_NAME = "local", "services"
 
@@ -24,7 +26,8 @@ class SharedTiers(NamedTuple):
     """What connects the shared tiers, in the waterfall's order; and the catalog, where there is a database tier."""
 
     connectors: Sequence[Connector]
-    catalog: Catalog | None = None
+    catalog: PoolCatalog | None = None
+    prompts: PromptMemory | None = None
 
 
 def shared_tiers(
@@ -42,13 +45,13 @@ def shared_tiers(
     """
     services, local = config.services or directory / SERVICES_NAME, directory / LOCAL_NAME
     found: list[Connector] = []
-    catalog = None
+    catalog = prompts = None
     if config.dragonfly is not None:
         from kvpool.pool.remote.dragonfly import DragonflyConnector
 
         found.append(DragonflyConnector(config.dragonfly, services, local, epochs))
     if config.database is not None:
-        from kvpool.pool.remote.catalog import Catalog
+        from kvpool.pool.remote.catalog import PoolCatalog
         from kvpool.pool.remote.database import DatabaseConnector
 
         database = DatabaseConnector(
@@ -56,9 +59,33 @@ def shared_tiers(
             services,
             local,
             epochs,
-            make_catalog=partial(Catalog, config.database, directory, node, index),
+            make_catalog=partial(PoolCatalog, config.database, directory, node, index),
             record_bytes_of=record_bytes_of,
         )
         found.append(database)
         catalog = database.catalog
-    return SharedTiers(found, catalog)
+        if config.database.qdrant is not None:
+            prompts = _prompt_memory(config.database.qdrant, services, local, index, epochs)
+    return SharedTiers(found, catalog, prompts)
+
+
+def _prompt_memory(
+    config: QdrantConfig, services: Path, local: Path, index: PrefixIndex, epochs: EpochSync
+) -> PromptMemory:
+    """What remembers prompts: in Qdrant's engine below the pool's directory, or on a server."""
+    from kvpool.catalog.embedding.hashed_ngrams import HashedNgrams
+    from kvpool.catalog.vectors.contract import PromptVectors
+    from kvpool.local import QDRANT_DIRECTORY
+    from kvpool.pool.remote.prompts import PromptMemory
+
+    def open_vectors() -> PromptVectors:
+        if config.secret is None:
+            from kvpool.catalog.vectors.embedded import EmbeddedVectors
+
+            return EmbeddedVectors(local / QDRANT_DIRECTORY)
+        from kvpool.catalog.vectors.remote import RemoteVectors
+
+        folder = services / config.secret
+        return RemoteVectors(lambda: read_service(folder, schemes=("http", "https")), tls=config.tls)
+
+    return PromptMemory(index, HashedNgrams(), open_vectors, is_trusted=lambda: epochs.trusted)

@@ -26,6 +26,7 @@ MAX_LOOKUPS = 64
 ROUNDS_PER_TTL = 4
 """How often, within the time for which the shared tiers keep a block, one that is used here is offered to them."""
 if TYPE_CHECKING:
+    from kvpool.pool.remote.prompts import PromptMemory
     from kvpool.pool.remote.reporter import Reporter
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Remote:
         self.stores: Sequence[RemoteStore] = [sender.store for sender in senders]
         self.reporter: Reporter | None = None
         """Tells the catalog, where there is one; set before the pool is open."""
+        self.prompts: PromptMemory | None = None
+        """Remembers prompts by their vectors, where there is Qdrant; set before the pool is open."""
         self.eraser = Eraser(self.stores)
         self.round = 1
         """Goes up a few times within a TTL: see `kvpool.prefix.sending`."""
@@ -78,6 +81,8 @@ class Remote:
         parcel = new_parcel(self._index, pin, first, self.round)
         if parcel is not None and self.reporter is not None:
             self.reporter.stored(parcel, tier)
+        if parcel is not None and self.prompts is not None:
+            self.prompts.stored(parcel)
         self._send(parcel, self.senders)
 
     def send_again(self, pin: Pin) -> None:

@@ -30,6 +30,8 @@ def erase_elsewhere(engine: Engine, tenant: TenantDigest, epoch: int, *, deadlin
     sequence = sync.tell(tenant, epoch)
     if engine.catalog is not None:
         engine.catalog.tenant_was_erased(tenant, engine.tenants.epochs.of(tenant))
+    if engine.prompts is not None:
+        engine.prompts.erase(tenant, engine.tenants.epochs.of(tenant))
     erasure = remote.eraser.erase_tenant(tenant, engine.tenants.epochs.of(tenant))
     unconfirmed: list[str] = [] if sequence is None else _wait_for_nodes(engine, sequence, until_s)
     erasure.cleared.wait(max(0.0, until_s - time.monotonic()))
