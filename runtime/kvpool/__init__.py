@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         InputError,
         KvpoolError,
         PoolClosedError,
+        SharedTierOutError,
         UnsupportedModelError,
     )
     from kvpool.pool.events import BlockRemoved, BlockStored, Event
+    from kvpool.pool.finding import FoundEntry
     from kvpool.pool.lease import Lease
     from kvpool.pool.model import Model
     from kvpool.pool.pool import Pool
@@ -53,6 +55,7 @@ __all__ = [
     "Dtype",
     "EraseReport",
     "Event",
+    "FoundEntry",
     "IncompatibleDataError",
     "InputError",
     "KVCachePool",
@@ -69,6 +72,7 @@ __all__ = [
     "Refusal",
     "ReloadReport",
     "RuntimeConfig",
+    "SharedTierOutError",
     "StoreResult",
     "TierName",
     "Tokens",
@@ -91,9 +95,11 @@ _NAMES_IN = {
         "InputError",
         "KvpoolError",
         "PoolClosedError",
+        "SharedTierOutError",
         "UnsupportedModelError",
     ),
     "kvpool.pool.events": ("BlockRemoved", "BlockStored", "Event"),
+    "kvpool.pool.finding": ("FoundEntry",),
     "kvpool.pool.lease": ("Lease",),
     "kvpool.pool.model": ("Model",),
     "kvpool.pool.pool": ("Pool",),

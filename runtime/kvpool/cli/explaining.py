@@ -14,6 +14,7 @@ from kvpool.config import RamConfig, RuntimeConfig, SsdConfig, default_directory
 from kvpool.errors import ConfigError, InputError
 from kvpool.pool.directory import MARKER_NAME
 from kvpool.pool.pool import Pool
+from kvpool.pool.registry import Registry
 from kvpool.pool.results import BlockReport, Verdict
 
 STANDARD_INPUT = "-"
@@ -27,7 +28,7 @@ def explain(pool: Path | None, *, directory: Path | None, model: str, tenant: st
     Raises `ConfigError`, `InputError` and `DirectoryInUseError`.
     """
     prompt = read_tokens(tokens)
-    with Pool.open(_reading_config(pool, directory)) as opened:
+    with Pool.open(reading_config(pool, directory)) as opened:
         found = opened.model(model)
         reports = found.explain(prompt, tenant=tenant)
         block_tokens = found.layout.block_tokens
@@ -40,7 +41,7 @@ def explain(pool: Path | None, *, directory: Path | None, model: str, tenant: st
 
 def shared(pool: Path | None, *, directory: Path | None, count: int, as_json: bool) -> None:
     """Print the `count` shared prefixes that requests used most. Raises `ConfigError` and `DirectoryInUseError`."""
-    with Pool.open(_reading_config(pool, directory)) as opened:
+    with Pool.open(reading_config(pool, directory)) as opened:
         prefixes = opened.shared_prefixes(count)
         names = {identity.fingerprint: identity.name for identity in opened.known_models()}
     if as_json:
@@ -52,18 +53,18 @@ def shared(pool: Path | None, *, directory: Path | None, count: int, as_json: bo
         print("no prefix is shared: none was declared, and no two requests parted after one that is held")
 
 
-def read_tokens(source: str) -> bytes:
+def read_tokens(source: str, *, option: str = "--tokens") -> bytes:
     """The token ids in a file, or on standard input: a JSON list, or raw int32. Raises `InputError`."""
     try:
         content = sys.stdin.buffer.read() if source == STANDARD_INPUT else Path(source).read_bytes()
     except OSError as error:
-        raise InputError(f"--tokens {source}: {error.strerror or error}") from None
+        raise InputError(f"{option} {source}: {error.strerror or error}") from None
     if not content.lstrip().startswith(b"["):
         return token_bytes(content)
     try:
         return token_bytes(json.loads(content))
     except ValueError as error:
-        raise InputError(f"--tokens {source}: {error}; give a JSON list of token ids, or raw int32") from None
+        raise InputError(f"{option} {source}: {error}; give a JSON list of token ids, or raw int32") from None
 
 
 def as_object(report: BlockReport) -> dict[str, object]:
@@ -71,18 +72,35 @@ def as_object(report: BlockReport) -> dict[str, object]:
     return {**report._asdict(), "key": report.key.hex()}
 
 
-def _reading_config(pool: Path | None, directory: Path | None) -> RuntimeConfig:
-    """A configuration that finds what lies in the directory and changes nothing: no limit forces anything out."""
+def reading_config(pool: Path | None, directory: Path | None) -> RuntimeConfig:
+    """A configuration that finds what lies in the directory, and in the pool's shared tiers if it is named by its file.
+
+    It changes nothing: no limit forces anything out.
+    """
     if (pool is None) == (directory is None):
         raise ConfigError("name the pool either by --pool POOL.YAML or by --directory DIR")
-    config = RuntimeConfig(name="explain", directory=directory) if pool is None else load_config(pool)
-    where = config.directory or default_directory(config.name)
+    return reading(RuntimeConfig(name="explain", directory=directory) if pool is None else load_config(pool))
+
+
+def reading(config: RuntimeConfig, directory: Path | None = None) -> RuntimeConfig:
+    """`reading_config` of a configuration, in `directory` if it is given. Raises `ConfigError`."""
+    where = directory or config.directory or default_directory(config.name)
     if not (where / MARKER_NAME).exists():
         raise ConfigError(f"{where}: no pool was opened here yet; name another with --pool or --directory")
     ssd = SsdConfig(capacity_bytes=_NO_LIMIT_BYTES) if (where / "ssd").exists() else None
-    ram = RamConfig(capacity_bytes=_RAM_BYTES, index_bytes=_NO_LIMIT_BYTES)
+    largest = max((identity.layout.record_bytes for identity in Registry.load(where).known()), default=0)
+    ram = RamConfig(capacity_bytes=max(_RAM_BYTES, 2 * largest), index_bytes=_NO_LIMIT_BYTES)
     return RuntimeConfig(
-        name=config.name, directory=where, block_tokens=config.block_tokens, ram=ram, ssd=ssd, sharing=config.sharing
+        name=config.name,
+        directory=where,
+        secret_file=config.secret_file,
+        services=config.services,
+        block_tokens=config.block_tokens,
+        ram=ram,
+        ssd=ssd,
+        dragonfly=config.dragonfly,
+        database=config.database,
+        sharing=config.sharing,
     )
 
 

@@ -161,7 +161,8 @@ def explain(
     """Say of each block of a prompt where it is, or why not; or which prefixes are shared.
 
     Reads what the pool left in its directory; ram is empty there, for nobody has the pool open. If somebody has, that
-    process is named, and the exit code is 3: ask it with Model.explain.
+    process is named, and the exit code is 3: ask it with Model.explain. Named by its file, shared tiers and the catalog
+    are asked too.
 
     \b
     Examples:
@@ -178,6 +179,42 @@ def explain(
     return partial(
         explaining.explain, pool, directory=directory, model=model, tenant=tenant, tokens=tokens, as_json=json
     )
+
+
+@app.command()
+def find(
+    pool: Annotated[Path, typer.Argument(metavar="POOL.YAML", help="The pool, by its file; it has a database tier.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model's name, as it was registered.")],
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Whose blocks; all tenants' otherwise.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Blocks that begin with these token ids; - is standard input.")
+    ] = None,
+    similar_to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts most like these token ids; needs Qdrant.")
+    ] = None,
+    older_than: Annotated[str | None, typer.Option(metavar="DURATION", help="Not used for so long: 90m, 7d.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata has this value, in JSON; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 100,
+    directory: Directory = None,
+    json: Json = False,
+) -> Action:
+    """Find blocks by what is known of them: prefix, likeness, age, metadata.
+
+    Asks the catalog, which all processes that share it write, and the shared tiers whether they have what it says.
+    Nobody may have the pool open meanwhile; if somebody has, ask that process with Pool.find.
+
+    \b
+    Examples:
+      kvpool find pool.yaml --model llama-8b --older-than 7d
+      kvpool find pool.yaml --model llama-8b --tenant acme --prefix prompt.json --json
+      kvpool find pool.yaml --model llama-8b --tenant acme --similar-to prompt.json --limit 5
+    """
+    from kvpool.cli import finding
+
+    asked = finding.Asked(model, tenant, prefix, similar_to, older_than, where or (), limit)
+    return partial(finding.find, pool, asked, directory=directory, as_json=json)
 
 
 @app.command()

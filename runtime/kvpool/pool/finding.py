@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_FOUND = 10_000
 MAX_SIMILAR = 100
 SIMILAR_DEADLINE_S = 1.0
+OWN_REPORTS_S = 1.0
+"""How long to wait for this process's own reports to be in the catalog, so that it finds what it stored."""
 ASKED_AT_ONCE = 512
 
 
@@ -78,6 +80,7 @@ def _find(engine: Engine, question: Question) -> list[FoundEntry]:
         raise InputError("give prefix or similar_to, not both")
     if question.older_than_s is not None and question.older_than_s < 0:
         raise InputError(f"older_than is {question.older_than_s} s; it must be 0 or more")
+    catalog.flush(OWN_REPORTS_S)
     similarity = _similar(engine, question)
     if similarity is not None and not similarity:
         return []

@@ -21,6 +21,8 @@ from kvpool.prefix.sending import Parcel
 from kvpool.resilience import BreakerLimits, BreakerState, CircuitBreaker
 
 EVERY_S = 0.5
+CONNECT_S = 5.0
+"""How long a question waits for the first connection of a pool that was opened just now."""
 MAX_QUEUED = 10_000
 LIMITS = BreakerLimits(failures=1, first_backoff_s=1.0, last_backoff_s=10.0)
 _log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class PromptMemory:
         self._vectors: PromptVectors | None = None
         self._queue: deque[Parcel] = deque()
         self._erasures: deque[tuple[TenantDigest, int]] = deque(maxlen=MAX_QUEUED)
+        self._tried = threading.Event()
+        """Set once it was tried to connect."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvpool-prompts", daemon=True)
 
@@ -74,6 +78,7 @@ class PromptMemory:
 
         Raises `VectorsUnavailableError`.
         """
+        self._tried.wait(CONNECT_S)
         vectors = self._vectors
         if vectors is None or not self.usable:
             raise VectorsUnavailableError(self.last_error)
@@ -101,6 +106,8 @@ class PromptMemory:
             vectors.close()
 
     def _run(self) -> None:
+        self._turn()
+        self._tried.set()
         while not self._closed.wait(EVERY_S):
             self._turn()
         self._turn()
