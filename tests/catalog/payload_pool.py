@@ -16,7 +16,7 @@ from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.payloads import ALL_MODELS, PayloadTier
 from kvpool.tiers.tier import Found, Sealed
-from tests.catalog.connecting import bare, connections_to
+from tests.catalog.connecting import DEADLINE_S, bare, connections_to
 from tests.local.servers import until
 from tests.tiers.conformance import Bytes, record_of
 
@@ -79,8 +79,8 @@ class Database:
             evicted=evicted,
         )
 
-    def authority(self, **options: Any) -> Authority:
-        return Authority(self.connections(), Schema(), **options)
+    def authority(self, *, budget_s: float = DEADLINE_S, **options: Any) -> Authority:
+        return Authority(self.connections(budget_s=budget_s), Schema(), **options)
 
     def sql(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Run a statement as somebody else."""

@@ -164,8 +164,7 @@ def test_two_nodes_that_forget_the_same_silent_ones_do_not_wait_for_each_other(d
 
 def test_an_authority_that_is_away_is_a_fault_within_the_budget(tmp_path: Path) -> None:
     with postgres_server(tmp_path) as server, database_of(server.folder) as database:
-        authority = database.authority()
-        authority._connections.budget_s = 0.3
+        authority = database.authority(budget_s=0.3)
         authority.raise_epoch(TENANT, 1)
         with frozen(server):
             for call in (lambda: authority.changes_since(0), lambda: authority.heartbeat(NODE, "a", 0)):

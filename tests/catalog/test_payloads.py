@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from kvpool.blocks.identity import TreeId
 from kvpool.blocks.record import Buffer
-from kvpool.catalog import payloads
+from kvpool.catalog import migrations, payloads
 from kvpool.catalog.payloads import ALL_MODELS
 from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
 from tests.catalog.connecting import DEADLINE_S, SLACK_S, Stopwatch, bare, frozen, kill
@@ -285,6 +286,28 @@ def test_a_lower_limit_is_brought_about_by_trimming(database: Database, monkeypa
         ONE_MODEL: Usage(5 * RECORD_BYTES, 0),
     }
     database.check()
+
+
+def test_a_much_lower_limit_is_brought_about_by_those_who_store(database: Database) -> None:
+    tier = database.tier(inline_bytes=256 * MIB)
+    for first in range(0, 80, 10):
+        assert all(tier.put(TREE, sealed_many(range(first, first + 10), payload_bytes=MIB - 4096), []).done)
+    tier.set_capacity(4 * MIB)
+    refused = [tier.put(TREE, [sealed(1_000 + attempt)], []).done == [False] for attempt in range(10)]
+    assert refused[0]
+    assert not refused[-1]
+    database.check()
+
+
+def test_the_schema_may_take_longer_than_the_budget(database: Database) -> None:
+    tier = database.tier(budget_s=BUDGET_S)
+    with bare(database.folder) as other, ThreadPoolExecutor(1) as threads:
+        with other.transaction():
+            other.execute("select pg_advisory_xact_lock(%s)", (migrations._LOCK,))
+            using = threads.submit(tier.usage)
+            waiting = "select from pg_locks where locktype = 'advisory' and not granted and now() - waitstart > %s"
+            until(lambda: database.sql(waiting, timedelta(seconds=2 * BUDGET_S)) != [])
+        assert using.result(DEADLINE_S).used_bytes == 0
 
 
 def test_limits_are_written_when_the_database_is_there(tmp_path: Path) -> None:

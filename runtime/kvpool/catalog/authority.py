@@ -11,6 +11,7 @@ from uuid import UUID
 from kvpool.blocks.identity import TenantDigest
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
+from kvpool.catalog.sessions import Sessions
 from kvpool.catalog.statement import Statement
 
 PAGE_ROWS = 10_000
@@ -82,8 +83,7 @@ class Authority:
         silent_after_s: float = SILENT_AFTER_S,
         removed_after_s: float = REMOVED_AFTER_S,
     ) -> None:
-        self._connections = connections
-        self._schema = schema
+        self._sessions = Sessions(connections, schema)
         self._silent_after = timedelta(seconds=silent_after_s)
         self._removed_after = timedelta(seconds=removed_after_s)
 
@@ -92,8 +92,7 @@ class Authority:
 
         When it has returned, no transaction that stores records or rows of an earlier epoch can commit any more.
         """
-        with self._connections.borrow(max(RAISE_BUDGET_S, self._connections.budget_s)) as connection:
-            self._schema.ready(connection)
+        with self._sessions.borrow(at_least_s=RAISE_BUDGET_S) as connection:
             row = connection.execute(_RAISE, {"tenant": tenant, "at_least": at_least}).fetchone()
         assert row is not None
         return Raised(*row)
@@ -104,8 +103,7 @@ class Authority:
         A number that the database has not come to yet (it was restored from a backup) is taken for 0. Who knows of a
         restore, or was away for long, asks from 0.
         """
-        with self._connections.borrow() as connection:
-            self._schema.ready(connection)
+        with self._sessions.borrow() as connection:
             newest = connection.execute(_NEWEST).fetchone()
             if newest is not None and sequence > (newest[0] or 0):
                 sequence = 0
@@ -117,15 +115,13 @@ class Authority:
 
     def heartbeat(self, node: UUID, name: str, confirmed: int) -> None:
         """Say that a node lives, and up to which change it knows all; forgets those that are silent for too long."""
-        with self._connections.borrow() as connection:
-            self._schema.ready(connection)
+        with self._sessions.borrow() as connection:
             connection.execute(_HEARTBEAT, {"node": node, "name": name, "confirmed": confirmed})
             connection.execute(_REMOVE_SILENT, {"removed_after": self._removed_after})
 
     def unconfirmed(self, sequence: int) -> list[Node]:
         """The nodes that have not confirmed this change, the silent ones among them, by name."""
-        with self._connections.borrow() as connection:
-            self._schema.ready(connection)
+        with self._sessions.borrow() as connection:
             rows = connection.execute(_NODES, {"sequence": sequence, "silent_after": self._silent_after}).fetchall()
         return [Node(*row) for row in rows]
 

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import psycopg
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.layout import PAGE_BYTES
@@ -23,6 +22,7 @@ from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.payload_reading import read_records
 from kvpool.catalog.payload_storing import batches_of, size_of, store
+from kvpool.catalog.sessions import Sessions
 from kvpool.catalog.statement import Statement
 from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableError, Usage
 
@@ -55,8 +55,7 @@ class PayloadTier:
         refresh_s: float = REFRESH_S,
         evicted: Callable[[Sequence[Found]], None] | None = None,
     ) -> None:
-        self._connections = connections
-        self._schema = schema
+        self._sessions = Sessions(connections, schema)
         self._inline_max_bytes = inline_max_bytes
         self._refresh = timedelta(seconds=refresh_s)
         self._evicted = evicted
@@ -65,7 +64,7 @@ class PayloadTier:
         self._limits_to_write: dict[bytes, int | None] = {ALL_MODELS: inline_bytes}
 
     def set_capacity(self, inline_bytes: int) -> None:
-        """Change the limit of all records together. `trim` brings about a lower one; until then nothing is stored."""
+        """Change the limit of all records together. `trim` brings about a lower one; until then little is stored."""
         self._note_limit(ALL_MODELS, inline_bytes)
 
     def set_limit(self, fingerprint: Fingerprint, limit_bytes: int | None) -> None:
@@ -141,7 +140,7 @@ class PayloadTier:
     def trim(self) -> int:
         """Evict what is above the limits, step by step; how many records went. For the background."""
         went = 0
-        with self._connected(BACKGROUND_S) as connection:
+        with self._connected(at_least_s=BACKGROUND_S) as connection:
             self._write_limits(connection)
             totals = connection.cursor(binary=True).execute(sql.USAGE).fetchall()
             for scope, nbytes, limit_bytes in totals:
@@ -164,18 +163,10 @@ class PayloadTier:
         self._closed = True
 
     @contextmanager
-    def _connected(self, budget_s: float | None = None) -> Iterator[BoundedConnection]:
+    def _connected(self, *, at_least_s: float = 0.0) -> Iterator[BoundedConnection]:
         self._check_open()
-        if budget_s is not None:
-            budget_s = max(budget_s, self._connections.budget_s)
-        try:
-            with self._connections.borrow(budget_s) as connection:
-                self._schema.ready(connection)
-                yield connection
-        except TierUnavailableError as error:
-            if isinstance(error.__cause__, psycopg.ProgrammingError):
-                self._schema.doubt()  # a table is missing, or not what it was
-            raise
+        with self._sessions.borrow(at_least_s=at_least_s) as connection:
+            yield connection
 
     def _check_open(self) -> None:
         if self._closed:
@@ -218,12 +209,14 @@ class PayloadTier:
                     done[at] = True
                 taken += stored.taken
                 self._tell_evicted(stored.evicted)
-                if stored.taken < len(batch):
+                if stored.taken < len(batch):  # a limit may have been lowered, and nobody is trimming
+                    self._trim(connection, tree.fingerprint)
+                    self._trim(connection, ALL_MODELS)
                     return
 
     def _remove(self, remove: Statement, wait: Statement, which: dict[str, Any]) -> int:
         removed = 0
-        with self._connected(BACKGROUND_S) as connection:
+        with self._connected(at_least_s=BACKGROUND_S) as connection:
             self._write_limits(connection)
             while True:
                 self._check_open()
