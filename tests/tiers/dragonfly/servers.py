@@ -211,7 +211,7 @@ def certificates(directory: Path) -> Certificates:
     if openssl is None:
         pytest.skip("no openssl to make certificates with")
     made = Certificates(directory / "ca.crt", directory / "server.crt", directory / "server.key")
-    (directory / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    (directory / "names").write_text("subjectAltName=DNS:localhost")
     for words in (
         f"req -x509 -newkey rsa:2048 -nodes -keyout ca.key -subj /CN=tests -days 30 -out {made.authority}",
         f"req -newkey rsa:2048 -nodes -keyout {made.key} -subj /CN=localhost -out request",
@@ -223,13 +223,17 @@ def certificates(directory: Path) -> Certificates:
 
 
 class Between:
-    """Takes connections on a port and passes bytes to a server and back, through TLS or changed, as it is told."""
+    """Takes connections on a port and passes bytes to a server and back; through TLS, or changed, as it is told.
+
+    `requests` and `answers` are given what was received, return what is to be passed on, and may take their time.
+    """
 
     def __init__(
         self, target_port: int, *, tls: Certificates | None = None,
-        change: Callable[[bytes], bytes] = lambda data: data,
+        requests: Callable[[bytes], bytes] = lambda data: data, answers: Callable[[bytes], bytes] = lambda data: data,
     ) -> None:  # fmt: skip
-        self._target, self._change = ("127.0.0.1", target_port), change
+        self._target = ("127.0.0.1", target_port)
+        self._requests, self._answers = requests, answers
         self._context: ssl.SSLContext | None = None
         if tls is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -277,8 +281,8 @@ class Between:
             far = socket.create_connection(self._target)
             with self._lock:
                 self._open += [near, far]
-            self._start(self._pass, far, near, lambda data: data)
-            self._pass(near, far, self._change)
+            self._start(self._pass, far, near, self._answers)
+            self._pass(near, far, self._requests)
 
     def _pass(self, source: socket.socket, target: socket.socket, change: Callable[[bytes], bytes]) -> None:
         with suppress(OSError):
