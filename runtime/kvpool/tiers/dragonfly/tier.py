@@ -41,7 +41,7 @@ class DragonflyTier:
     """Holds sealed records; implements `KeyedTier`. `ttl_s`, `batch_size` and `budget_s` may be changed at any time.
 
     `address` is called for each new connection, from any thread. `tls`: also where the url does not say `rediss`.
-    Ancestors are kept longer under every codec that this tier was ever asked for or given.
+    A block is kept longer in every codec that this tier was ever asked for or given.
     """
 
     name = TierName.DRAGONFLY
@@ -71,12 +71,12 @@ class DragonflyTier:
         """As `KeyedTier` says."""
         self._know([found.codec for found in wanted])
         names = Names(tree)
-        named = [names.of(found.key, found.codec) for found in wanted]
         reads = [
-            _reads(name, _view(buffer, found.record_bytes))
-            for name, found, buffer in zip(named, wanted, into, strict=True)
+            _reads(names.of(found.key, found.codec), _view(buffer, found.record_bytes))
+            for found, buffer in zip(wanted, into, strict=True)
         ]
-        answers = self._ask([command for each in reads for command in each], named, self._patience())
+        kept = self._every(names, [found.key for found in wanted])
+        answers = self._ask([command for each in reads for command in each], kept, self._patience())
         arrived = iter(answers.each)
         done = [list(islice(arrived, len(each))).count(True) == len(each) for each in reads]
         return _moved(done, answers)
@@ -92,7 +92,8 @@ class DragonflyTier:
         done = [length == len(view) for length, view in zip(lengths, views, strict=True)]
         absent = [at for at, is_there in enumerate(done) if not is_there]
         writes = [commands.write(named[at], views[at], self._ttl_ms) for at in absent]
-        answers = self._ask(writes, [*self._ancestors(names, ancestors), *named], patience)
+        kept = self._every(names, [*ancestors, *(sealed.key for sealed in records)])
+        answers = self._ask(writes, kept, patience)
         for at, answer in zip(absent, answers.each, strict=False):
             done[at] = answer == b"OK"
         return _moved(done, answers)
@@ -153,9 +154,10 @@ class DragonflyTier:
         if not self._codecs.issuperset(codecs):
             self._codecs = self._codecs.union(codecs)
 
-    def _ancestors(self, names: Names, ancestors: Sequence[BlockKey]) -> list[bytes]:
+    def _every(self, names: Names, keys: Sequence[BlockKey]) -> list[bytes]:
+        """The keys of all records that there may be of these blocks."""
         codecs = sorted(self._codecs)
-        return [names.of(key, codec) for key in ancestors for codec in codecs]
+        return [names.of(key, codec) for key in keys for codec in codecs]
 
     def _lengths(self, named: Sequence[bytes], patience: Patience) -> list[Answer]:
         answers = self._ask([commands.length_of(name) for name in named], [], patience)
