@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvpool.local import LocalServer, local_postgres, local_redis
-from tests.local.servers import DEADLINE_S, postgres_folder, redis_folder
+from tests.local.servers import DEADLINE_S, lay_first_files, postgres_folder, redis_folder
 
 __all__ = ["postgres_folder", "redis_folder"]
 
@@ -25,6 +25,7 @@ class Servers:
         return self._noted(local_redis(directory, memory_bytes=memory_bytes))
 
     def postgres(self, directory: Path, connections: int = 5) -> LocalServer:
+        lay_first_files(directory)
         return self._noted(local_postgres(directory, connections=connections))
 
     def named(self, name: str, directory: Path) -> LocalServer:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kvpool.local import kernel
+from tests.local.servers import lay_first_files
 
 _CODE = Path(__file__).parents[2]
 NOBODY = 65534
@@ -79,6 +80,8 @@ def owner(
     directory: Path, *names: str, around: Sequence[str | Path] = (), preexec: Callable[[], None] | None = None
 ) -> Iterator[Owner]:
     """An owner of these servers; `around` is a command that runs it, `preexec` what it does first."""
+    if "postgres" in names:
+        lay_first_files(directory)
     owning = Owner([*around, sys.executable, "-m", "tests.local.owner", directory, *names], preexec)
     try:
         yield owning

@@ -7,13 +7,16 @@ that stops or kills a server starts its own with `redis_server` or `postgres_ser
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -94,8 +97,28 @@ def redis_server(directory: Path, *, memory_bytes: int = 256 << 20, password: st
 @contextmanager
 def postgres_server(directory: Path, *, connections: int = 40) -> Iterator[Server]:
     """A PostgreSQL server of its own, stopped at the end; its databases are `postgres` and `kvpool`."""
+    lay_first_files(directory)
     with _started(Server(local_postgres(directory, connections=connections))) as server:
         yield server
+
+
+def lay_first_files(directory: Path) -> None:
+    """Spare a PostgreSQL server in `directory` the making of its first files, which takes a second; not if it has any.
+
+    It has the password of all others then.
+    """
+    if not (directory / "postgres").exists():
+        shutil.copytree(_first_files(), directory / "postgres")
+
+
+@cache
+def _first_files() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="first-files-"))
+    atexit.register(shutil.rmtree, directory)
+    server = local_postgres(directory, connections=1)
+    server.start(DEADLINE_S)
+    server.stop()
+    return directory / "postgres"
 
 
 @contextmanager

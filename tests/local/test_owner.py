@@ -122,6 +122,7 @@ def test_root_has_postgres_run_without_rights_and_its_data_stay_roots(servers: S
     server = servers.postgres(tmp_path)
     server.start()
     assert "\nCapEff:\t0000000000000000\n" in Path(f"/proc/{server.pid}/status").read_text()
+    server.stop()
     assert {path.stat().st_uid for path in (tmp_path / POSTGRES).rglob("*")} == {0}
 
 

@@ -77,9 +77,9 @@ def test_a_start_that_fails_quotes_the_end_of_the_log(servers: Servers, tmp_path
 
 
 def test_files_that_cannot_be_made_are_an_error_that_quotes_initdb(servers: Servers, tmp_path: Path) -> None:
+    (tmp_path / POSTGRES / "service").mkdir(parents=True)
+    (tmp_path / POSTGRES / "service" / "password").write_text("")
     server = servers.postgres(tmp_path)
-    server.folder.mkdir(parents=True)
-    (server.folder / "password").write_text("")
     with pytest.raises(LocalServerError, match=r"(?s)initdb ended with status 1.*password file .* is empty"):
         server.start()
     (server.folder / "password").write_text("now there is one")
