@@ -17,6 +17,7 @@ AREAS: Mapping[str, str] = {
     "codecs": "kvpool.bench.codecs",
     "engine": "kvpool.bench.engine",
     "gpu": "kvpool.bench.gpu",
+    "prefetch": "kvpool.bench.prefetch",
     "quality": "kvpool.bench.quality",
     "sharing": "kvpool.bench.sharing",
 }

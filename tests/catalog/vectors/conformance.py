@@ -28,8 +28,8 @@ class VectorsConformance:
 
     def test_a_prompt_is_found_by_its_own_vector_with_all_that_was_said_of_it(self, vectors: PromptVectors) -> None:
         vectors.upsert(points(range(20)))
-        hit, *others = vectors.search(vector_of(7), TREE, deadline_s=DEADLINE_S)
-        assert hit[1:] == (leaf_of(7), 8, 64 * 7 + 70, 1_700_000_000_007)
+        hit, *others = vectors.search(vector_of(8), TREE, deadline_s=DEADLINE_S)
+        assert hit[1:] == (leaf_of(8), 9, 64 * 8 + 70, 1_700_000_000_008, (leaf_of(9), leaf_of(10)))
         assert hit.score == pytest.approx(1.0, abs=1e-4)
         assert len(others) == 9
         assert all(other.score < 0.5 for other in others)

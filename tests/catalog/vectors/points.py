@@ -50,6 +50,7 @@ def point(number: int, tree: TreeId = TREE, *, vector: Vector | None = None, at_
         blocks=number + 1,
         tokens=64 * number + 70,
         at_ms=1_700_000_000_000 + number if at_ms is None else at_ms,
+        followers=tuple(leaf_of(number + after, tree) for after in range(1, 1 + number % 3)),
     )
 
 

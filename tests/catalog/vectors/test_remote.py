@@ -256,12 +256,25 @@ def test_an_answer_of_another_shape_is_no_hit(tmp_path: Path, thing: object, whe
 
 def test_a_hit_of_another_tree_is_not_believed_even_if_the_server_says_so(tmp_path: Path) -> None:
     ours = {"model": TREE.fingerprint.hex(), "tenant": TREE.tenant.hex(), "epoch": 0}
-    rest = {"at": 1, "leaf": leaf_of(1).hex(), "blocks": 1, "tokens": 64}
-    for change in ({"model": "00"}, {"tenant": "11" * 16}, {"epoch": 1}, {"leaf": "00"}, {"leaf": None}):
-        payload = {**ours, **rest, **change}
-        found = {"points": [{"id": 1, "version": 0, "score": 1.0, "payload": payload}]}
-        with answering(found) as port, closing(vectors_of(service_folder(tmp_path / "d", port))) as vectors:
-            assert search(vectors) == []
+    rest = {"at": 1, "leaf": leaf_of(1).hex(), "blocks": 1, "tokens": 64, "next": []}
+    assert _searched({**ours, **rest}, tmp_path) == [leaf_of(1)]
+    others: list[dict[str, object]] = [
+        {"model": "00"},
+        {"tenant": "11" * 16},
+        {"epoch": 1},
+        {"leaf": "00"},
+        {"leaf": None},
+        {"next": ["00"]},
+    ]
+    for change in others:
+        assert _searched({**ours, **rest, **change}, tmp_path) == [], change
+
+
+def _searched(payload: dict[str, object], tmp_path: Path) -> list[bytes]:
+    """What a search finds where the server answers with this payload."""
+    found = {"points": [{"id": 1, "version": 0, "score": 1.0, "payload": payload}]}
+    with answering(found) as port, closing(vectors_of(service_folder(tmp_path / "d", port))) as vectors:
+        return search(vectors)
 
 
 def test_many_calls_that_fail_leave_no_descriptor_and_no_thread(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
-from kvpool.catalog.vectors.contract import Hit, Point
-from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, TENANT, TOKENS
+from kvpool.catalog.vectors.contract import MAX_FOLLOWERS, Hit, Point
+from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, NEXT, TENANT, TOKENS
 
 
-def payload_of(point: Point) -> dict[str, str | int]:
+def payload_of(point: Point) -> dict[str, str | int | list[str]]:
     """What is kept beside the vector."""
     return {
         **tree_fields(point.tree),
@@ -16,6 +16,7 @@ def payload_of(point: Point) -> dict[str, str | int]:
         LEAF: point.leaf.hex(),
         BLOCKS: point.blocks,
         TOKENS: point.tokens,
+        NEXT: [leaf.hex() for leaf in point.followers[:MAX_FOLLOWERS]],
     }
 
 
@@ -30,8 +31,14 @@ def hit_of(score: float, payload: Mapping[str, Any] | None, tree: TreeId) -> Hit
     if any(said.get(name) != value for name, value in tree_fields(tree).items()):
         return None
     try:
-        leaf = BlockKey(bytes.fromhex(said[LEAF]))
-        hit = Hit(score, leaf, int(said[BLOCKS]), int(said[TOKENS]), int(said[AT]))
+        followers = tuple(_key(text) for text in said[NEXT][:MAX_FOLLOWERS])
+        return Hit(score, _key(said[LEAF]), int(said[BLOCKS]), int(said[TOKENS]), int(said[AT]), followers)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return hit if len(leaf) == KEY_BYTES else None
+
+
+def _key(text: str) -> BlockKey:
+    key = bytes.fromhex(text)
+    if len(key) != KEY_BYTES:
+        raise ValueError("no key of a block")
+    return BlockKey(key)

@@ -10,6 +10,7 @@ from kvpool.catalog.embedding.encoder import Vector
 
 MAX_POINTS = 100_000
 """How many prompts are remembered where nothing else is said."""
+MAX_FOLLOWERS = 8
 BATCH_POINTS = 256
 """So many points are sent at a time: half a MiB."""
 
@@ -38,6 +39,8 @@ class Hit(NamedTuple):
     tokens: int
     at_ms: int
     """When it was asked for, in milliseconds since 1970."""
+    followers: tuple[BlockKey, ...] = ()
+    """The leaves of the prompts that were asked for next, the first one first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,8 @@ class Point:
     blocks: int
     tokens: int
     at_ms: int
+    followers: tuple[BlockKey, ...] = ()
+    """At most `MAX_FOLLOWERS`."""
 
 
 def point_id(leaf: BlockKey) -> UUID:

@@ -11,6 +11,7 @@ its prompt's last block key. Its payload:
     leaf    none                 key of the last whole block, 32 hexadecimal digits
     blocks  none                 how many blocks that is
     tokens  none                 how many tokens the prompt had
+    next    none                 keys of the last blocks of the prompts that came next, in a list
 
 A search always filters by model, tenant and epoch. No token, no text and no name is in it.
 """
@@ -19,7 +20,7 @@ NAME = "kvpool-prompts-1"
 SIZE = 512
 DISTANCE = "Cosine"
 MODEL, TENANT, EPOCH, AT = "model", "tenant", "epoch", "at"
-LEAF, BLOCKS, TOKENS = "leaf", "blocks", "tokens"
+LEAF, BLOCKS, TOKENS, NEXT = "leaf", "blocks", "tokens", "next"
 
 HNSW_EDGES = 16
 HNSW_BUILD_CANDIDATES = 100

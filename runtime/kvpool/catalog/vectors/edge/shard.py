@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import qdrant_edge as qdrant
 
 from kvpool.catalog.vectors import layout
-from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, TENANT, TOKENS
+from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, TENANT
 
 _INDEXED_KB = 2_000
 """Segments of more than so many kilobytes of vectors get a graph when one is built."""
@@ -62,7 +62,7 @@ class Shard:
                 k,
                 filter=_matching(fields),
                 params=qdrant.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
-                with_payload=[MODEL, TENANT, EPOCH, AT, LEAF, BLOCKS, TOKENS],
+                with_payload=True,
             )
         )
         return [[point.score, point.payload] for point in found]
