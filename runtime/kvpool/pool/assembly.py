@@ -187,6 +187,7 @@ def assemble(
             engine.catalog = tiers.catalog
             remote.reporter = tiers.catalog.reporter
             remote.prompts = engine.prompts = tiers.prompts
+            tiers.catalog.reporter.embeds = tiers.prompts is not None
             events.tap = tiers.catalog.reporter.copied
             index.on_removed = tiers.catalog.reporter.removed
     return engine

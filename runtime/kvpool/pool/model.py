@@ -145,6 +145,8 @@ class Model:
             total = len(packed) // self._token_bytes
             try:
                 stored, refusal = self._store_after(pin, packed, source, extras, total)
+                if stored and engine.remote is not None:
+                    engine.remote.note_prompt(pin)
                 already += pin.depth - already - stored
                 refused = {refusal: total - pin.depth} if refusal else {}
                 if refusal:

@@ -38,6 +38,13 @@ def new_parcel(index: PrefixIndex, pin: Pin, first: int, round_: int) -> Parcel 
         return Parcel(node, first, pin.depth, is_new=True)
 
 
+def prompt_parcel(index: PrefixIndex, pin: Pin) -> Parcel | None:
+    """All pinned blocks; None where they were erased. Nothing is noted: it is not to be sent."""
+    with index.lock:
+        node = index._settled(pin)
+        return None if pin.tree.erased or node.parent is None else Parcel(node, 0, pin.depth, is_new=False)
+
+
 def used_parcel(index: PrefixIndex, pin: Pin, round_: int | None) -> Parcel | None:
     """The pinned blocks, to be sent again in this round; None where that was done, or they were erased.
 

@@ -18,7 +18,7 @@ from kvpool.pool.remote.sender import Sender
 from kvpool.pool.remote.share import Limit
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.prefix.index import Pin, PrefixIndex
-from kvpool.prefix.sending import Parcel, new_parcel, used_parcel
+from kvpool.prefix.sending import Parcel, new_parcel, prompt_parcel, used_parcel
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 MAX_LOOKUPS = 64
@@ -81,9 +81,17 @@ class Remote:
         parcel = new_parcel(self._index, pin, first, self.round)
         if parcel is not None and self.reporter is not None:
             self.reporter.stored(parcel, tier)
+        self._send(parcel, self.senders)
+
+    def note_prompt(self, pin: Pin) -> None:
+        """The pinned blocks are a prompt of which something was stored: remember it. Never waits."""
+        if self.reporter is None and self.prompts is None:
+            return
+        parcel = prompt_parcel(self._index, pin)
+        if parcel is not None and self.reporter is not None:
+            self.reporter.asked(parcel)
         if parcel is not None and self.prompts is not None:
             self.prompts.stored(parcel)
-        self._send(parcel, self.senders)
 
     def send_again(self, pin: Pin) -> None:
         """The pinned blocks are used: once in a round, see that they are there still. Never waits."""

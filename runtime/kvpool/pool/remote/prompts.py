@@ -1,7 +1,7 @@
 """Remembers prompts by their vectors, so that those which are like another are found: Qdrant, and a thread before it.
 
 A store leaves a parcel in a bounded queue and is done; encoding and sending are this thread's. A Qdrant that fails is
-left alone until it is time to try again, and what is stored meanwhile is not remembered, and counted.
+left alone until it is time to try again; what is stored meanwhile waits, the latest of it, and the rest is counted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PromptMemory:
         self.remembered = 0
         """Prompts that were remembered, and not known before or stored anew."""
         self.dropped = 0
-        """Prompts that were not, since Qdrant was away or the queue was full."""
+        """Prompts that were not, since Qdrant was away for so long that too many waited."""
         self.encoder = encoder
         self._index = index
         self._open_vectors = open_vectors
@@ -69,9 +69,9 @@ class PromptMemory:
     def stored(self, parcel: Parcel) -> None:
         """A prompt was stored. Never waits."""
         if len(self._queue) >= MAX_QUEUED:
+            self._queue.popleft()
             self.dropped += 1
-        else:
-            self._queue.append(parcel)
+        self._queue.append(parcel)
 
     def similar(self, tokens: bytes, tree: TreeId, count: int, *, deadline_s: float) -> list[Hit]:
         """The `count` prompts of the same model and tenant that are most like these tokens, best first.
@@ -123,9 +123,6 @@ class PromptMemory:
             if self.usable:
                 self._erase()
                 self._remember()
-            else:
-                self.dropped += len(self._queue)
-                self._queue.clear()
         except VectorsUnavailableError as error:
             self._fell_out(error.reason)
         except Exception as error:  # the thread's top: the next turn may do better

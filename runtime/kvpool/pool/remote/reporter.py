@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeAlias
+from uuid import UUID
 
 from kvpool.blocks.identity import BlockKey, TreeId
 from kvpool.blocks.record import CODEC_NONE, Head
@@ -40,6 +41,14 @@ class _New:
 
     parcel: Parcel
     tier: TierName
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The prompt of a parcel was asked for."""
+
+    parcel: Parcel
     at_s: float
 
 
@@ -71,7 +80,7 @@ class _Removed:
     at_s: float
 
 
-_Entry: TypeAlias = _New | _Used | _Copied | _Removed
+_Entry: TypeAlias = _New | _Asked | _Used | _Copied | _Removed
 
 
 class Reporter:
@@ -80,6 +89,8 @@ class Reporter:
     def __init__(self, index: PrefixIndex, writer: CatalogWriter, *, clock: Callable[[], float] = time.time) -> None:
         self.dropped = 0
         """Entries that were dropped, since the queue was full."""
+        self.embeds = False
+        """Whether prompts are remembered by their vectors too, each as the point of its last block's key."""
         self._index = index
         self._writer = writer
         self._clock = clock
@@ -92,6 +103,10 @@ class Reporter:
     def stored(self, parcel: Parcel, tier: TierName) -> None:
         """A prompt's new blocks were stored."""
         self._push(_New(parcel, tier, self._clock()))
+
+    def asked(self, parcel: Parcel) -> None:
+        """A prompt was stored, whole or as far as there was room."""
+        self._push(_Asked(parcel, self._clock()))
 
     def used(self, parcel: Parcel) -> None:
         """A prompt's blocks are in use; told once in a round for each edge."""
@@ -139,6 +154,8 @@ class Reporter:
         match entry:
             case _New():
                 return self._of_new(entry)
+            case _Asked():
+                return self._of_asked(entry.parcel, entry.at_s)
             case _Used():
                 return self._of_used(entry)
             case _Copied():
@@ -160,15 +177,20 @@ class Reporter:
                 tree_id, parent, joined(keys[first:]), first, block_tokens, entry.tier, CODEC_NONE,
                 tree.record_bytes, entry.at_s,
             )  # fmt: skip
-            yield PromptAsked(tree_id, keys[-1], len(keys) * block_tokens, None, entry.at_s)
+
+    def _of_asked(self, parcel: Parcel, at_s: float) -> Iterator[Op]:
+        known = sending.chain(self._index, parcel)
+        if known is not None and known[1]:
+            tree_id, keys = known
+            tokens = len(keys) * parcel.node.tree.token_bytes // TOKEN_BYTES
+            embedding = UUID(bytes=keys[-1]) if self.embeds else None
+            yield PromptAsked(tree_id, keys[-1], tokens, embedding, at_s)
 
     def _of_used(self, entry: _Used) -> Iterator[Op]:
         known = sending.chain(self._index, entry.parcel)
         if known is not None and known[1]:
-            tree_id, keys = known
-            block_tokens = entry.parcel.node.tree.token_bytes // TOKEN_BYTES
-            yield BlocksUsed(joined(keys), entry.at_s)
-            yield PromptAsked(tree_id, keys[-1], len(keys) * block_tokens, None, entry.at_s)
+            yield BlocksUsed(joined(known[1]), entry.at_s)
+            yield from self._of_asked(entry.parcel, entry.at_s)
 
 
 def _of_copied(entry: _Copied) -> Iterator[Op]:
