@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -39,6 +41,23 @@ def test_servers_of_a_process_that_is_killed_stop_and_their_data_are_found_again
         server.start()  # waits for the old one
         assert not any(runs(pid) for pid in below)
         assert read(name, server.folder) == "kept"
+
+
+def test_a_process_that_is_killed_at_any_moment_of_the_start_hinders_the_next_one_in_nothing(
+    servers: Servers, tmp_path: Path
+) -> None:
+    for name in (DRAGONFLY, POSTGRES):
+        (tmp_path / name).mkdir()  # so that PostgreSQL makes its first files, until it is let
+    random = Random(11)
+    for _ in range(10):
+        with owner(tmp_path, DRAGONFLY, POSTGRES) as owning, suppress(subprocess.TimeoutExpired):
+            owning.process.wait(random.uniform(0.1, 2.0))
+    for name in (DRAGONFLY, POSTGRES):
+        server = servers.named(name, tmp_path)
+        server.start()
+        write(name, server.folder, "kept")
+        assert read(name, server.folder) == "kept"
+        assert not (tmp_path / name / "data.new").exists()
 
 
 @NAMES
