@@ -125,7 +125,7 @@ _DESCENDANTS = f"""
         union all
         select child.key from below cross join lateral (
             select b.key from kvpool.blocks b where b.parent = below.key offset 0) child
-    ), wanted (key) as materialized (select key from below limit {MAX_DESCENDANTS})"""  # noqa: S608 - a constant
+    ), wanted (member) as materialized (select key from below limit {MAX_DESCENDANTS})"""  # noqa: S608 - a constant
 _MICROSECONDS = "timestamptz 'epoch' + %(used_us)s * interval '1 microsecond'"
 
 
@@ -175,7 +175,7 @@ def _statement(shape: Shape, table: str, columns: str, *, key: str, used: str, l
         conditions.append(begins)
     source = f"from {table} found"
     if shape.under:  # one by one: how many there are, the planner cannot know
-        one = f"select * from {table} t where t.{key} = wanted.key offset 0"  # noqa: S608 - of constants
+        one = f"select * from {table} t where t.{key} = wanted.member offset 0"  # noqa: S608 - of constants
         source = f"from wanted cross join lateral ({one}) found"
     return Statement(
         f"{_DESCENDANTS if shape.under else ''} select {columns} {source} where {' and '.join(conditions)} "

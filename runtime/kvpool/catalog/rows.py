@@ -181,12 +181,14 @@ def joined(keys: Iterable[BlockKey]) -> bytes:
 
 
 def row_count(op: Op) -> int:
-    """About how many rows a report writes; at once."""
+    """About how many rows a report writes; at once. A model counts for none: a batch may name it without being told."""
     match op:
         case BlocksStored() | BlocksUsed() | BlocksRemoved():
             return len(op.keys) // KEY_BYTES
         case SharedReport():
             return len(op.prefixes)
+        case ModelSeen():
+            return 0
         case _:
             return 1
 

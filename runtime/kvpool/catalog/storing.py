@@ -12,7 +12,7 @@ from uuid import UUID
 
 import psycopg
 
-from kvpool.blocks.identity import TreeId
+from kvpool.blocks.identity import KEY_BYTES, TreeId
 from kvpool.catalog.rows import (
     NO_NODE,
     SHARED_TIERS,
@@ -93,13 +93,16 @@ _USES = Statement("""
     update kvpool.blocks
     set hits = hits + told.uses, last_used_at = greatest(last_used_at, to_timestamp(told.at))
     from (
-        select substr(keys, 16 * i + 1, 16) as key, count(*) as uses, max(at) as at
-        from unnest(%(keys)b::bytea[], %(ats)s::float8[]) told (keys, at)
-             cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
-        group by 1 order by 1 limit %(rows)s
+        select told.* from (
+            select substr(keys, 16 * i + 1, 16) as key, count(*) as uses, max(at) as at
+            from unnest(%(keys)b::bytea[], %(ats)s::float8[]) told (keys, at)
+                 cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
+            group by 1 order by 1 limit %(rows)s
+        ) told cross join lateral (select from kvpool.blocks b where b.key = told.key for no key update) held
     ) told
     where blocks.key = told.key
 """)
+"""Locked first, in order: an update by itself takes rows as its plan finds them."""
 
 _TRAIL = Statement("""
     insert into kvpool.evictions (key, tier, node, reason, at)
@@ -109,6 +112,22 @@ _TRAIL = Statement("""
          cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
     order by number, i
 """)
+
+_HOLD_LOCATIONS = Statement("""
+    select count(*) from (
+        select held.* from (
+            select distinct substr(keys, 16 * i + 1, 16) as key
+            from unnest(%(keys)b::bytea[]) told (keys)
+                 cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
+            order by 1 limit %(rows)s
+        ) told cross join lateral (
+            select from kvpool.locations l
+            where l.key = told.key and l.node is not distinct from %(node)s::uuid order by tier, codec for update
+        ) held
+    ) held
+""")
+"""Copies in tiers that all nodes share are those that two writers may both be at. The statements below go through them
+twice, so each writer first takes all that are there, in order; what it adds later, it adds in order as well."""
 
 _REMOVE_LOCATIONS = Statement("""
     delete from kvpool.locations using (
@@ -252,6 +271,10 @@ def statements(node: UUID, session: int, ops: Sequence[Op]) -> Iterable[tuple[St
         yield _BLOCKS, _of_blocks([op for _, op in stored])
     if used := [op for op in ops if isinstance(op, BlocksUsed)]:
         yield _USES, _of_used(used)
+    told = [op for op in ops if isinstance(op, BlocksStored | BlocksRemoved)]
+    if shared_keys := [op.keys for op in told if op.tier in SHARED_TIERS]:
+        rows = sum(map(len, shared_keys)) // KEY_BYTES
+        yield _HOLD_LOCATIONS, {"keys": shared_keys, "node": NO_NODE, "rows": rows}
     if removed:
         yield _REMOVE_LOCATIONS, _of_removed([op for _, op in removed], node)
     if stored:

@@ -53,7 +53,7 @@ class WriterLimits:
 
 
 class WriterStats(NamedTuple):
-    """A writer at one moment. Rows count as reports do: a block stored is one."""
+    """A writer at one moment. Rows are what was reported: a block stored is one, a model none."""
 
     waiting_rows: int
     waiting_bytes: int
@@ -110,6 +110,8 @@ class CatalogWriter:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._pause_s = 0.0
+        self._is_open = False
+        """The journal was read, if there is one."""
         self._closing = threading.Event()
         self._closing_until_s: float | None = None
         self._written_rows = self._written_batches = self._replayed_batches = self._repeated_batches = 0
@@ -130,12 +132,17 @@ class CatalogWriter:
         """Wait until all that was reported is in the database; False at the deadline."""
         until = time.monotonic() + deadline_s
         with self._settled:
-            while self._pending is not None or self._backlog.is_filled or self._journal_rows:
+            while not self._is_settled:
                 left_s = until - time.monotonic()
                 if left_s <= 0 or not self._thread.is_alive():
                     return False
                 self._settled.wait(left_s)
         return True
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing waits: not in memory, not in the journal once that is known."""
+        return self._is_open and self._pending is None and not self._backlog.is_filled and not self._journal_bytes
 
     def close(self, deadline_s: float) -> bool:
         """Write what waits, into the database or else the journal, and end; False where that was not done in time.
@@ -179,13 +186,13 @@ class CatalogWriter:
         self._leave()
 
     def _open_journal(self) -> None:
-        if self._journal is None:
-            return
-        try:
-            self._journal.open()
-        except OSError as error:
-            _log.warning("the journal cannot be used, so nothing is kept while the database is away: %s", error)
-            self._journal = None
+        if self._journal is not None:
+            try:
+                self._journal.open()
+            except OSError as error:
+                _log.warning("the journal cannot be used, so nothing is kept while the database is away: %s", error)
+                self._journal = None
+        self._is_open = True
         self._note_journal()
 
     def _turn(self) -> None:
@@ -400,5 +407,4 @@ class CatalogWriter:
 
 
 def _rows(batch: Batch) -> int:
-    """What was reported; not what was added so that the batch stands by itself."""
     return sum(row_count(op) for op in batch.ops)
