@@ -188,13 +188,14 @@ def redis_cluster(directory: Path, password: str = PASSWORD) -> Iterator[Cluster
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * step, min((number + 1) * step, 16384) - 1)
             for port, bus in zip(ports[:NODES], ports[NODES:], strict=True):
                 client.execute_command("CLUSTER", "MEET", "127.0.0.1", port, bus)
-        eventually(lambda: all(_is_whole(client) for client in clients), "the cluster has come together")
+        eventually(lambda: all(is_whole(client, NODES) for client in clients), "the cluster has come together")
         yield Cluster(servers, clients)
 
 
-def _is_whole(client: Any) -> bool:
+def is_whole(client: Any, nodes: int) -> bool:
+    """Whether a node of a cluster knows so many, and all slots have one."""
     info = str(client.execute_command("CLUSTER", "INFO")).replace("': '", ":")
-    return "cluster_state:ok" in info and f"cluster_known_nodes:{NODES}" in info
+    return "cluster_state:ok" in info and f"cluster_known_nodes:{nodes}" in info
 
 
 class Certificates(NamedTuple):
