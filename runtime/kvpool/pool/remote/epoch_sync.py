@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kvpool.catalog.authority import Authority
     from kvpool.tiers.dragonfly.tier import DragonflyTier
 
+HEARTBEAT_EVERY_S = 10.0
+"""How often a node says that it lives; that it knows of a change, at once."""
 HINT_EVERY_S = 5.0
 MAX_HINTED = 10_000
 """Tenants whose hint was looked at lately; beyond it they are looked at again."""
@@ -31,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class EpochSync:
-    """One for a pool. `adopted` is told of the tenants whose epoch was raised from outside, once that is durable."""
+    """One for a pool. `adopted` is called when epochs were raised from outside, before that is durable."""
 
     def __init__(
         self,
@@ -55,6 +57,8 @@ class EpochSync:
         self._clock = clock
         self._lock = threading.Lock()
         self._sequence = 0
+        self._confirmed = -1
+        self._heartbeat_due_s = 0.0
         self._told: dict[TenantDigest, int] = {}
         """What the authority is known to know."""
         self._hinted: dict[TenantDigest, float] = {}
@@ -81,7 +85,10 @@ class EpochSync:
                 self._told[tenant] = authority.raise_epoch(tenant, epoch).epoch
             self._sequence = sequence
             self.reached = True
-            authority.heartbeat(self._node, self._name, sequence)
+            now = self._clock()
+            if sequence != self._confirmed or now >= self._heartbeat_due_s:
+                authority.heartbeat(self._node, self._name, sequence)
+                self._confirmed, self._heartbeat_due_s = sequence, now + HEARTBEAT_EVERY_S
 
     def tell(self, tenant: TenantDigest, epoch: int) -> int | None:
         """Raise an epoch everywhere; the number of the change, None where the authority could not be told now.
@@ -111,7 +118,10 @@ class EpochSync:
         ]  # fmt: skip
 
     def look_at_hint(self, tenant: TenantDigest) -> None:
-        """Take a tenant's hint over if it is higher than what is known here; looks no more often than is of use."""
+        """Take a tenant's hint over if it is higher than what is known here; looks no more often than is of use.
+
+        Raises `TierUnavailableError`.
+        """
         hints = self.hints
         now = self._clock()
         if hints is None or now < self._hinted.get(tenant, float("-inf")) + HINT_EVERY_S:
@@ -119,12 +129,13 @@ class EpochSync:
         if len(self._hinted) >= MAX_HINTED:
             self._hinted = {}
         self._hinted[tenant] = now
+        hint = hints.epoch_hint(tenant)
+        if hint is None:
+            return
         try:
-            hint = hints.epoch_hint(tenant)
-        except TierUnavailableError:
-            return  # whoever asks it next notices, and says so
-        if hint is not None:
             self._adopt({tenant: hint})
+        except OSError as error:  # it counts from now on all the same, and is made durable with the next one
+            _log.warning("the epoch of an erased tenant cannot be kept: %s", error)
 
     def _hint(self, tenant: TenantDigest, epoch: int) -> None:
         if self.hints is None:
@@ -135,14 +146,18 @@ class EpochSync:
             _log.warning("the epoch of an erased tenant could not be noted in dragonfly: %s", error.reason)
 
     def _adopt(self, epochs: Mapping[TenantDigest, int]) -> None:
-        """Take higher epochs over, durably."""
+        """Take higher epochs over: at once, so that nothing older is matched, and durably.
+
+        Raises `OSError` where that cannot be; then it is tried again with the next ones.
+        """
         raised = [
             self._epochs.floor_at_least(epoch) if tenant == ALL_TENANTS else self._epochs.at_least(tenant, epoch)
             for tenant, epoch in epochs.items()
         ]
         if any(raised):
-            self._epochs.save()
             self._adopted()
+        if self._epochs.trusted:  # else they are replaced as a whole soon, by one that is above all of these
+            self._epochs.save()
 
     def _untold(self) -> dict[TenantDigest, int]:
         """The epochs that are higher here than they are there."""
