@@ -27,6 +27,7 @@ from kvpool.catalog.rows import (
     UsageReport,
     model_seen,
 )
+from kvpool.catalog.trimming import CatalogLimits
 from kvpool.catalog.writer import CatalogWriter, WriterStats
 from kvpool.config import DatabaseConfig, PricesConfig
 from kvpool.config.service import ServiceAddress
@@ -56,6 +57,7 @@ class PoolCatalog:
         index: PrefixIndex,
         address: Callable[[], ServiceAddress],
         *,
+        dragonfly_ttl_s: float | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.schema = Schema()
@@ -65,7 +67,10 @@ class PoolCatalog:
         self.reading = Catalog(self.connections, self.schema)
         self.authority = Authority(self.connections, self.schema)
         journal = Journal(directory / JOURNAL_NAME, max_bytes=config.journal_bytes)
-        self._writer = CatalogWriter(self.connections, journal, node=node, schema=self.schema)
+        forgetting = {} if dragonfly_ttl_s is None else {TierName.DRAGONFLY: dragonfly_ttl_s}
+        self._writer = CatalogWriter(
+            self.connections, journal, node=node, schema=self.schema, keep=CatalogLimits(ttl_s=forgetting)
+        )
         self.reporter = Reporter(index, self._writer, clock=clock)
         self._index = index
         self._clock = clock

@@ -59,7 +59,14 @@ def shared_tiers(
             services,
             local,
             epochs,
-            make_catalog=partial(PoolCatalog, config.database, directory, node, index),
+            make_catalog=partial(
+                PoolCatalog,
+                config.database,
+                directory,
+                node,
+                index,
+                dragonfly_ttl_s=None if config.dragonfly is None else config.dragonfly.ttl_s,
+            ),
             record_bytes_of=record_bytes_of,
         )
         found.append(database)
