@@ -13,7 +13,7 @@ import psycopg
 
 from kvpool.blocks.identity import Fingerprint, TenantDigest
 from kvpool.catalog.rows import Alone, ModelForgotten, TenantErased, TiersCleared
-from kvpool.catalog.statement import Statement
+from kvpool.catalog.statement import LOOK_UP, Statement
 from kvpool.tiers.tier import TierName
 
 Connection: TypeAlias = psycopg.Connection[Any]
@@ -70,9 +70,6 @@ _CLEAR = Statement("""
     insert into kvpool.evictions (key, tier, node, reason, at)
     select key, tier, node, %(reason)s::text, to_timestamp(%(at)s::float8) from gone
 """)
-
-_NO_SEQUENTIAL_SCAN = Statement("select set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true)")
-"""How many rows a pass takes is known; what share of the table that is, should not matter."""
 
 
 def write_alone(connection: Connection, node: UUID, op: Alone) -> None:
@@ -142,7 +139,7 @@ def _repeat(connection: Connection, one_pass: Callable[[], int]) -> int:
     removed = 0
     while True:
         with connection.transaction():
-            connection.execute(_NO_SEQUENTIAL_SCAN)
+            connection.execute(LOOK_UP)
             count = one_pass()
         if not count:
             return removed

@@ -28,7 +28,7 @@ from kvpool.catalog.rows import (
     UsageReport,
     row_count,
 )
-from kvpool.catalog.statement import Statement
+from kvpool.catalog.statement import LOOK_UP, Statement
 from kvpool.tiers.tier import TierName
 
 Connection: TypeAlias = psycopg.Connection[Any]
@@ -57,14 +57,6 @@ _IS_WRITTEN = Statement("""
 _HOLD_EPOCHS = Statement("select kvpool.hold_epochs(%(tenants)b::bytea[])")
 
 _FORGET_SESSIONS = Statement("delete from kvpool.writers where node = %(node)s and session <> %(session)s")
-
-_LOOK_UP = Statement("""
-    select set_config('plan_cache_mode', 'force_custom_plan', true), set_config('jit', 'off', true),
-           set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),
-           set_config('enable_mergejoin', 'off', true)
-""")
-"""Every statement here looks single rows up, in the order of their keys. The planner is not to choose anything else:
-not by statistics of a table that was empty yesterday, nor as it thinks of one table's rows against another's."""
 
 _MODELS = Statement("""
     insert into kvpool.models (fingerprint, name, revision, identity, created_at, updated_at)
@@ -253,7 +245,7 @@ def forget_sessions(connection: Connection, node: UUID, but: int) -> None:
 
 def write(connection: Connection, node: UUID, session: int, ops: Sequence[Op]) -> None:
     """Write reports, other than those that are written alone, in the transaction that is open."""
-    connection.execute(_LOOK_UP)
+    connection.execute(LOOK_UP)
     if tenants := {tree.tenant for op in ops for tree in _trees_of(op)}:
         connection.execute(_HOLD_EPOCHS, {"tenants": sorted(tenants)})
     for statement, parameters in statements(node, session, ops):

@@ -13,7 +13,7 @@ import psycopg
 
 from kvpool.catalog.erasing import PASS_ROWS, clear_tiers, remove_blocks
 from kvpool.catalog.rows import NO_NODE
-from kvpool.catalog.statement import Statement
+from kvpool.catalog.statement import LOOK_UP, Statement
 from kvpool.tiers.tier import TierName
 
 Connection: TypeAlias = psycopg.Connection[Any]
@@ -150,6 +150,7 @@ def chores(limits: CatalogLimits) -> Sequence[Callable[[Connection], bool]]:
 def trim_trail(connection: Connection, most: int, age_s: float) -> bool:
     """Remove the oldest of the trail, and the blocks that nothing names any more then."""
     with connection.transaction():
+        connection.execute(LOOK_UP)
         bounds = {"most": most, "age_s": age_s, "rows": PASS_ROWS}
         keys = [key for (key,) in connection.execute(_TRIM_TRAIL, bounds).fetchall()]
         if keys:
