@@ -62,7 +62,7 @@ class Chores:
         try:
             sync.step()
         except TierUnavailableError as error:
-            database.fell_out(error.reason)
+            database.refused_a_change(error.reason)
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""

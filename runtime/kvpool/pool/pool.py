@@ -198,7 +198,7 @@ class Pool:
         if engine.gpu is not None and engine.gpu.store.tier is None:
             found.add(Degradation.NO_GPU)
         if engine.remote is not None:
-            found |= {_OUT[store.name] for store in engine.remote.stores if not store.usable}
+            found |= {_OUT[store.name] for store in engine.remote.stores if store.degraded}
         if engine.prompts is not None and not engine.prompts.usable:
             found.add(Degradation.NO_QDRANT)
         return frozenset(found)

@@ -145,7 +145,7 @@ def _remote(engine: Engine, store: RemoteStore) -> TierStats:
     traffic = engine.traffic
     return TierStats(
         name=store.name,
-        available=store.usable,
+        available=not store.degraded,
         capacity_bytes=store.usage.capacity_bytes,
         used_bytes=store.usage.used_bytes,
         blocks=0,

@@ -81,10 +81,10 @@ class EpochSync:
             epochs, sequence = authority.changes_since(self._sequence)
             self._told.update(epochs)
             self._adopt(dict(epochs))
+            self.reached = True
             for tenant, epoch in self._untold().items():
                 self._told[tenant] = authority.raise_epoch(tenant, epoch).epoch
             self._sequence = sequence
-            self.reached = True
             now = self._clock()
             if sequence != self._confirmed or now >= self._heartbeat_due_s:
                 authority.heartbeat(self._node, self._name, sequence)

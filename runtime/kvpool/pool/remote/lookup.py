@@ -60,7 +60,7 @@ class LookupParts:
     is_stale: Callable[[PrefixTree], bool]
     """Whether a tree is of an epoch that was erased."""
     look_at_hint: Callable[[TenantDigest], None]
-    """Notices that the tenant was erased elsewhere, if that is noted where one can look quickly."""
+    """Notices that the tenant was erased elsewhere, if that is noted in dragonfly. Raises `TierUnavailableError`."""
     count_skipped: Callable[[int], None]
     """Told of blocks that were not read, since computing them is quicker."""
 
@@ -123,8 +123,9 @@ class Lookup:
         Takes as long as the slowest tier's budget, whatever the deadline.
         """
         self._until_s = time.monotonic() + deadline_s
-        pin = self._pin()
+        pin = None
         try:
+            pin = self._pin()
             sources = self._ask(pin)
         except BaseException:
             self._finish(pin)
@@ -170,11 +171,18 @@ class Lookup:
 
     def _pin(self) -> Pin:
         """A lease of the lookup's own, on what is here by now."""
-        self._parts.look_at_hint(self._prompt.tree.id.tenant)
+        self._look_at_hint()
         pin = self._parts.index.match(self._prompt.tree, self._prompt.tokens, self._prompt.extras)
         if self._parts.is_stale(pin.tree):  # erased while it was not in the index, and entered again by this match
             self._parts.index.erase(pin.tree)
         return pin
+
+    def _look_at_hint(self) -> None:
+        """As with whatever else dragonfly is asked: while it is out, this costs nothing."""
+        tenant = self._prompt.tree.id.tenant
+        for store in self._parts.stores:
+            if store.name is TierName.DRAGONFLY:
+                store.attempt(lambda tier: self._parts.look_at_hint(tenant))
 
     def _finish(self, pin: Pin | None) -> None:
         if pin is not None:

@@ -64,6 +64,7 @@ class Remote:
         self._budget_s = budget_s
         self._clock = clock
         self._round_ends_s = clock() + ttl_s() / ROUNDS_PER_TTL
+        self._returned = 0
         self._running: set[Lookup] = set()
         self._changed = threading.Condition()
 
@@ -103,7 +104,7 @@ class Remote:
     def promote(self, pin: Pin) -> None:
         """The pinned blocks were read from a tier slower than dragonfly: see that they are there too. Never waits."""
         faster = [sender for sender in self.senders if sender.store.name is TierName.DRAGONFLY]
-        if faster and faster[0].store.usable:
+        if faster and faster[0].store.writable:
             self._send(used_parcel(self._index, pin, None), faster)
 
     @staticmethod
@@ -165,8 +166,12 @@ class Remote:
             thread.join()
         for store, connector in reversed(away):
             self._noting(store, partial(self._connect, store, connector))()
-            if store.usable:
-                self.round += 1
+        for store in self.stores:
+            store.let_changes_through()
+        returned = sum(store.returned for store in self.stores)
+        if returned != self._returned:  # what was used meanwhile did not go there
+            self._returned = returned
+            self.round += 1
 
     @staticmethod
     def _connect(store: RemoteStore, connector: Connector) -> None:

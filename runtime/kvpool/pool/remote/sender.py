@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TreeId
 from kvpool.blocks.record import CODEC_NONE, codec_in
@@ -85,7 +86,7 @@ class Sender:
 
     def send(self, parcel: Parcel) -> None:
         """Send it soon. Never waits."""
-        if not self.store.usable:
+        if not self.store.writable:
             self._count_dropped("tier-out", parcel.until - parcel.first)
             return
         overflow = None
@@ -150,12 +151,13 @@ class Sender:
         if not self._is_wanted(tree.fingerprint):
             return
         runs = [(parcel.first, len(keys))] if parcel.is_new else _side_by_side(self._missing(tree, keys))
-        for first, until in runs:
+        while runs:
+            first, until = runs.pop(0)
             while first < until:
-                reached = self._send_run(parcel, keys, first, until)
-                if reached == first:
+                first, reason = self._send_run(parcel, keys, first, until)
+                if reason:
+                    self._count_dropped(reason, until - first + sum(end - start for start, end in runs))
                     return
-                first = reached
 
     def _missing(self, tree: TreeId, keys: Sequence[BlockKey]) -> list[int]:
         """Which blocks of a prompt that was sent before are not there any more; those that are stay for longer."""
@@ -171,23 +173,25 @@ class Sender:
         own = self._encodings.codec(tree.fingerprint, self._level)
         return (CODEC_NONE,) if own is None else (own.number, CODEC_NONE)
 
-    def _send_run(self, parcel: Parcel, keys: Sequence[BlockKey], first: int, until: int) -> int:
-        """Send some blocks from `first` on; the depth reached, `first` where none was taken."""
+    def _send_run(
+        self, parcel: Parcel, keys: Sequence[BlockKey], first: int, until: int
+    ) -> tuple[int, Literal["", "evicted", "gpu-unavailable", "refused", "tier-out"]]:
+        """Send some blocks from `first` on; the depth reached, and why the rest is not to be sent, if it is not."""
         run = sending.begin(
             self._index, parcel, first, until, payload_bytes_of=self._payload_bytes_of, most_bytes=RUN_BYTES
         )  # fmt: skip
         if run is None:
-            self._count_dropped("evicted", until - first)
-            return first
+            return first, "evicted"
         try:
             with self._sealer.sealed(run, self._level) as records:
                 taken = self._put(run, records, keys[:first])
+                if not records or taken < len(records):
+                    return first + taken, "refused" if self.store.writable else "tier-out"
         except GpuOutError:
-            self._count_dropped("gpu-unavailable", len(run.places))
-            return first
+            return first, "gpu-unavailable"
         finally:
             saving.end(self._index, run)
-        return first + taken
+        return first + taken, ""
 
     def _put(self, run: Run, records: list[Bytes], ancestors: Sequence[BlockKey]) -> int:
         """Put sealed records; how many leading ones were taken."""
@@ -198,8 +202,6 @@ class Sender:
         taken = done.index(False) if False in done else len(done)
         with self._changed:
             self.sent_blocks += taken
-        if taken < len(records):
-            self._count_dropped("refused" if self.store.usable else "tier-out", len(records) - taken)
         if taken and self._events.active:
             forms = [Form(one.codec, len(one.record)) for one in sealed[:taken]]
             self._events.publish_stored(run.heads[:taken], self.store.name, forms)

@@ -1,7 +1,8 @@
 """One keyed tier as the engine uses it: it may be absent, stall or fail, and none of that reaches a caller.
 
 A tier that fails as a whole is out at once, and costs nobody anything until a probe of the housekeeper's has succeeded.
-What may be in flight is bounded in bytes. Counters are of the whole life of the pool.
+One that answers, but does not take what it is given (it is full, or read-only), is still read; after a while the next
+record is offered to it again. What may be in flight is bounded in bytes. Counters are of the whole life of the pool.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ class RemoteStore:
         name: TierName,
         *,
         breaker: CircuitBreaker | None = None,
+        writes: CircuitBreaker | None = None,
         bulkhead: Bulkhead | None = None,
         costs: TierCosts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.breaker = breaker or CircuitBreaker(LIMITS)
+        """Of the tier as a whole."""
+        self.writes = writes or CircuitBreaker(LIMITS)
+        """Of a tier that answers."""
+        self.returned = 0
+        """How often it began to take blocks, or may do so, that it had not taken for a while."""
         self.bulkhead = bulkhead or Bulkhead(IN_FLIGHT_BYTES)
         self.costs = costs or TierCosts()
         self.last_error = "not connected yet"
@@ -69,11 +76,22 @@ class RemoteStore:
         """Whether asking it is worth a try."""
         return self._tier is not None and self.breaker.state is BreakerState.CLOSED
 
+    @property
+    def writable(self) -> bool:
+        """Whether giving it something is worth a try."""
+        return self.usable and self.writes.state is not BreakerState.OPEN
+
+    @property
+    def degraded(self) -> bool:
+        """Whether it cannot be used fully now."""
+        return not self.writable
+
     def publish(self, tier: KeyedTier) -> None:
         """Let everybody use the tier."""
         self._tier = tier
         self.breaker.succeeded()
         self.last_error = ""
+        self.returned += 1
 
     def withdraw(self, reason: str) -> KeyedTier | None:
         """Let nobody use it any more; returned for the caller to close."""
@@ -98,13 +116,15 @@ class RemoteStore:
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> list[bool]:
         """Copy records into buffers; False for each that did not come whole. The caller verifies them."""
         nbytes = sum(found.record_bytes for found in wanted)
-        if not self._enter(nbytes):
+        if not self.usable or not self.bulkhead.enter(nbytes):
             return [False] * len(wanted)
         started = self._clock()
         try:
             moved = self._moved(lambda tier: tier.get(tree, wanted, into), len(wanted))
         finally:
             self.bulkhead.leave(nbytes)
+        if moved.fault:
+            self.fell_out(moved.fault)
         came = sum(found.record_bytes for found, done in zip(wanted, moved.done, strict=True) if done)
         if came:
             self.costs.observe(came, self._clock() - started)
@@ -116,12 +136,16 @@ class RemoteStore:
     def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> list[bool]:
         """Store records; False for each that was not taken."""
         nbytes = sum(len(sealed.record) for sealed in records)
-        if not self._enter(nbytes):
+        if not self.writable or not self.bulkhead.enter(nbytes):
             return [False] * len(records)
         try:
             moved = self._moved(lambda tier: tier.put(tree, records, ancestors), len(records))
         finally:
             self.bulkhead.leave(nbytes)
+        if moved.fault:
+            self.refused_a_change(moved.fault)
+        elif self.writes.state is not BreakerState.CLOSED:
+            self._takes_changes_again()
         taken = [len(sealed.record) for sealed, done in zip(records, moved.done, strict=True) if done]
         with self._lock:
             self.stored_blocks += len(taken)
@@ -129,18 +153,28 @@ class RemoteStore:
         return moved.done
 
     def touch(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
-        """Keep these blocks as if written now, if the tier can be asked."""
-        self._attempt(lambda tier: tier.touch(tree, keys, codecs))
+        """Keep these blocks as if written now, if the tier takes changes."""
+        self._change(lambda tier: tier.touch(tree, keys, codecs))
 
     def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
-        """Remove records, if the tier can be asked."""
-        self._attempt(lambda tier: tier.drop(tree, found))
+        """Remove records, if the tier takes changes."""
+        self._change(lambda tier: tier.drop(tree, found))
 
     def remove(self, remove: Callable[[KeyedTier], int]) -> int | None:
-        """Remove many records; how many those were, None where the tier is out."""
+        """Remove many records; how many those were, None where the tier takes no changes."""
         removed: list[int] = []
-        self._attempt(lambda tier: removed.append(remove(tier)))
+        self._change(lambda tier: removed.append(remove(tier)))
         return removed[0] if removed else None
+
+    def attempt(self, call: Callable[[KeyedTier], None]) -> None:
+        """Ask the tier for something else, if it can be asked. Changes nothing there."""
+        tier = self._tier
+        if tier is None or self.breaker.state is not BreakerState.CLOSED:
+            return
+        try:
+            call(tier)
+        except TierUnavailableError as error:
+            self.fell_out(error.reason)
 
     def count_corrupt(self, reason: str, key: BlockKey) -> None:
         """Count a record that was not what was asked for, and say so."""
@@ -156,6 +190,22 @@ class RemoteStore:
         if was_closed:
             _log.warning("%s tier: %s; not used until a probe succeeds", self.name, reason)
 
+    def refused_a_change(self, reason: str) -> None:
+        """It did not do what changes something there. Waits, for at most its budget, to see whether it answers."""
+        tier = self._tier
+        if tier is None or not self.usable:
+            return
+        try:
+            tier.find(_NOBODY, [_NOTHING], [CODEC_NONE])
+        except TierUnavailableError:
+            self.fell_out(reason)
+            return
+        self.last_error = reason
+        was_closed = self.writes.state is BreakerState.CLOSED
+        self.writes.trip(reason)
+        if was_closed:
+            _log.warning("%s tier: %s; read, but not written until it takes something again", self.name, reason)
+
     def probe(self) -> None:
         """If it is out, and it is time, see whether it answers again. Waits for at most the tier's budget."""
         tier = self._tier
@@ -168,7 +218,13 @@ class RemoteStore:
             self.breaker.failed(error.reason)
         else:
             self.breaker.succeeded()
+            self.returned += 1
             _log.info("%s tier: in use again", self.name)
+
+    def let_changes_through(self) -> None:
+        """If it has refused changes, and it is time, let the next ones see whether it takes them again."""
+        if self.writes.state is BreakerState.OPEN and self.writes.allows():
+            self.returned += 1
 
     def note_usage(self) -> None:
         """Ask how full it is, if it can be asked, and not more often than is of use."""
@@ -176,31 +232,31 @@ class RemoteStore:
         if now < self._usage_due_s or not self.usable:
             return
         self._usage_due_s = now + USAGE_EVERY_S
-        self._attempt(self._take_usage)
+        self.attempt(self._take_usage)
 
     def _take_usage(self, tier: KeyedTier) -> None:
         self.usage = tier.usage()
-
-    def _enter(self, nbytes: int) -> bool:
-        return self.usable and self.bulkhead.enter(nbytes)
 
     def _moved(self, call: Callable[[KeyedTier], Moved], count: int) -> Moved:
         tier = self._tier
         if tier is None:
             return Moved([False] * count)
         try:
-            moved = call(tier)
+            return call(tier)
         except TierUnavailableError as error:
-            moved = Moved([False] * count, error.reason)
-        if moved.fault:
-            self.fell_out(moved.fault)
-        return moved
+            return Moved([False] * count, error.reason)
 
-    def _attempt(self, call: Callable[[KeyedTier], None]) -> None:
+    def _change(self, call: Callable[[KeyedTier], None]) -> None:
         tier = self._tier
-        if tier is None or self.breaker.state is not BreakerState.CLOSED:
+        if tier is None or not self.writable:
             return
         try:
             call(tier)
         except TierUnavailableError as error:
-            self.fell_out(error.reason)
+            self.refused_a_change(error.reason)
+
+    def _takes_changes_again(self) -> None:
+        self.writes.succeeded()
+        self.last_error = ""
+        self.returned += 1
+        _log.info("%s tier: written again", self.name)
