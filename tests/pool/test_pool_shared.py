@@ -383,11 +383,10 @@ def test_a_full_memory_takes_what_fits_and_lies_about_nothing(tmp_path: Path, wa
         check(pool, [])
 
 
-def test_many_threads_look_the_same_prompt_up(warm: Pool, cold: Pool) -> None:
+def test_many_threads_look_the_same_prompt_up(tmp_path: Path, warm: Pool, tier: MemoryTier) -> None:
     tokens = prompt(40)
     store(warm.register(spec()), tokens)
     flushed(warm)
-    model = cold.register(spec())
     arrived: list[int] = []
 
     def look_up() -> None:
@@ -395,13 +394,15 @@ def test_many_threads_look_the_same_prompt_up(warm: Pool, cold: Pool) -> None:
             lease.wait(DEADLINE_S)
             arrived.append(loaded_blocks(lease, model, tokens))
 
-    threads = [threading.Thread(target=look_up) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(arrived) == 40
-    check(cold, [])
+    with sharing_pool(tmp_path / "roomy", tier, ram=6 * 64 * RECORD) as pool:  # each lookup has slots of its own
+        model = pool.register(spec())
+        threads = [threading.Thread(target=look_up) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(arrived) == 40
+        check(pool, [])
 
 
 def test_closing_the_pool_ends_lookups_that_are_under_way(tmp_path: Path, warm: Pool, tier: MemoryTier) -> None:
