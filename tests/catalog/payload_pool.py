@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Database:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.all_connections: list[Connections] = []
+        self._numbers = count(1_000_000)
+
+    def next_number(self) -> int:
+        """Of a record that was never there."""
+        return next(self._numbers)
 
     def connections(self, **options: Any) -> Connections:
         connections = connections_to(self.folder, **options)

@@ -16,16 +16,14 @@ from kvpool.catalog.authority import Changes
 from kvpool.tiers.tier import TierUnavailableError
 from tests.catalog.connecting import DEADLINE_S, SLACK_S, Stopwatch, bare, frozen
 from tests.catalog.payload_pool import OTHER_TENANT, TENANT, Database, database_of
-from tests.local.servers import postgres_database, postgres_folder, postgres_server, until
-
-__all__ = ["postgres_folder"]
+from tests.local.servers import postgres_server, until
 
 NODE, OTHER_NODE, OLD_NODE = UUID(int=1), UUID(int=2), UUID(int=3)
 
 
 @pytest.fixture
-def database(postgres_folder: Path, tmp_path: Path) -> Iterator[Database]:
-    with postgres_database(postgres_folder, tmp_path) as folder, database_of(folder) as database:
+def database(empty_database: Path) -> Iterator[Database]:
+    with database_of(empty_database) as database:
         yield database
 
 

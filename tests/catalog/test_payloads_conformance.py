@@ -9,18 +9,15 @@ import pytest
 
 from kvpool.tiers.tier import KeyedTier
 from tests.catalog.payload_pool import Database, database_of
-from tests.local.servers import postgres_database, postgres_folder
 from tests.tiers.keyed_conformance import KeyedConformance, MakeKeyedTier
-
-__all__ = ["postgres_folder"]
 
 
 class TestPayloadTier(KeyedConformance):
     """On a database of each test's own."""
 
     @pytest.fixture
-    def database(self, postgres_folder: Path, tmp_path: Path) -> Iterator[Database]:
-        with postgres_database(postgres_folder, tmp_path) as folder, database_of(folder) as database:
+    def database(self, empty_database: Path) -> Iterator[Database]:
+        with database_of(empty_database) as database:
             yield database
 
     @pytest.fixture

@@ -23,9 +23,19 @@ ROOM = Statement("""
         (select min(t.limit_bytes) from kvpool.payload_totals t where t.fingerprint in (%(fingerprint)b, '')),
         exists (
             select from kvpool.tenants t
-            where t.tenant in (%(tenant)b, '\\x00000000000000000000000000000000'::bytea) and t.epoch > %(epoch)s)
+            where t.tenant in (%(tenant)b, '\\x00000000000000000000000000000000'::bytea) and t.epoch > %(epoch)s),
+        pg_stat_get_dead_tuples((select c.reltoastrelid from pg_class c where c.oid = 'kvpool.payloads'::regclass))
+            * %(chunk_bytes)s > greatest(
+                (select t.limit_bytes from kvpool.payload_totals t where t.fingerprint = ''), %(least_dead_bytes)s)
 """)
-"""The time, the smaller of the limits, whether the epoch is over: to send nothing in vain. `SETTLE` decides."""
+"""The time, the smaller of the limits, whether the epoch is over, whether there is more to vacuum than all may be.
+
+To send nothing in vain, and to let the files grow to no more than about twice the limit. `SETTLE` decides of the rest.
+"""
+CHUNK_BYTES = 1_996
+"""Bytes of a record in one row of PostgreSQL's own for it."""
+LEAST_DEAD_BYTES = 64 << 20
+"""So much may wait for vacuum, however small the limit."""
 
 CHAIN = Statement("""
     select chain.place, p.codec, p.used_at
@@ -57,6 +67,7 @@ TOUCH = Statement("""
     update kvpool.payloads p
     set used_at = greatest(p.used_at, %(at)s::timestamptz - free.place * interval '1 microsecond')
     from free where p.key = free.key and p.codec = free.codec
+        and (select set_config('synchronous_commit', 'off', true)) = 'off'  -- no reader waits for the disk for this
 """)
 """The first of a chain is used last: a parent never goes before its child."""
 
@@ -83,7 +94,7 @@ DROP = Statement("""
 _REMOVE = """
     with candidates as (
         select c.key, c.codec, sum(c.nbytes) over (order by c.key, c.codec) - c.nbytes as before
-        from (select p.key, p.codec, p.nbytes from kvpool.payloads p where {which} limit 1024) c
+        from (select p.key, p.codec, p.nbytes from kvpool.payloads p where {which} order by {order} limit 1024) c
     ), held as (
         select p.key, p.codec from candidates c join kvpool.payloads p on p.key = c.key and p.codec = c.codec
         where c.before < %(most_bytes)s for update of p skip locked
@@ -93,13 +104,14 @@ _REMOVE = """
     )
     select count(*), kvpool.count_payloads(array_agg(gone.fingerprint), array_agg(-gone.nbytes::bigint)) from gone
 """
-_WAIT = "select 1 from kvpool.payloads p where {which} limit 1 for update"
+_WAIT = "select 1 from kvpool.payloads p where {which} order by {order} limit 1 for update"
 """One row, or none where nothing is left. It waits for who holds that row, and holds nothing meanwhile."""
-_OF_TENANT = "p.tenant = %(tenant)b and p.epoch < %(before_epoch)s"
-_OF_MODEL = "p.fingerprint = %(fingerprint)b"
+_OF_TENANT = {"which": "p.tenant = %(tenant)b and p.epoch < %(before_epoch)s", "order": "p.tenant, p.epoch"}
+_OF_MODEL = {"which": "p.fingerprint = %(fingerprint)b", "order": "p.fingerprint, p.used_at"}
+"""In the order of an index: else the planner, which does not know that few are left, reads the whole table for them."""
 
-ERASE, WAIT_TO_ERASE = Statement(_REMOVE.format(which=_OF_TENANT)), Statement(_WAIT.format(which=_OF_TENANT))
-FORGET, WAIT_TO_FORGET = Statement(_REMOVE.format(which=_OF_MODEL)), Statement(_WAIT.format(which=_OF_MODEL))
+ERASE, WAIT_TO_ERASE = Statement(_REMOVE.format(**_OF_TENANT)), Statement(_WAIT.format(**_OF_TENANT))
+FORGET, WAIT_TO_FORGET = Statement(_REMOVE.format(**_OF_MODEL)), Statement(_WAIT.format(**_OF_MODEL))
 
 LIMIT = Statement("select kvpool.limit_payloads(%(scope)b, %(limit_bytes)s::bigint)")
 """`scope` is a fingerprint, or empty for all."""

@@ -26,6 +26,17 @@ class Stored(NamedTuple):
     taken: int
     """So many of its records, from the first on, are there now."""
     evicted: list[Found]
+    awaits_vacuum: bool = False
+    """Whether none was taken because the server has yet to give the room of removed records free."""
+
+
+class _Room(NamedTuple):
+    """What the server says before anything is sent."""
+
+    now: datetime
+    limit_bytes: int | None
+    epoch_over: bool
+    awaits_vacuum: bool
 
 
 class _Chain(NamedTuple):
@@ -78,8 +89,10 @@ def store(
 ) -> Stored:
     """Store records of consecutive blocks, whose `ancestors` are all the blocks before them. Raises `psycopg.Error`."""
     whose = {"fingerprint": tree.fingerprint, "tenant": tree.tenant, "epoch": tree.epoch}
-    chain, limit_bytes, over = _look(connection, whose, [*ancestors, *(record.key for record in batch)])
-    taken = 0 if over else _leading(batch, limit_bytes)
+    room, chain = _look(connection, whose, [*ancestors, *(record.key for record in batch)])
+    if room.awaits_vacuum:
+        return Stored(0, [], awaits_vacuum=True)
+    taken = 0 if room.epoch_over else _leading(batch, room.limit_bytes)
     while taken:
         try:
             return Stored(taken, _write(connection, whose, batch[:taken], ancestors, chain, refresh))
@@ -93,22 +106,21 @@ def store(
     return Stored(0, [])
 
 
-def _look(
-    connection: BoundedConnection, whose: Mapping[str, object], keys: Sequence[BlockKey]
-) -> tuple[_Chain, int | None, bool]:
+def _look(connection: BoundedConnection, whose: Mapping[str, object], keys: Sequence[BlockKey]) -> tuple[_Room, _Chain]:
+    least = {"chunk_bytes": sql.CHUNK_BYTES, "least_dead_bytes": sql.LEAST_DEAD_BYTES}
     with connection.pipeline():
-        room = connection.cursor(binary=True).execute(sql.ROOM, whose)
+        answer = connection.cursor(binary=True).execute(sql.ROOM, {**whose, **least})
         there = connection.cursor(binary=True).execute(sql.CHAIN, {"keys": list(keys)})
-    row = room.fetchone()
+    row = answer.fetchone()
     assert row is not None
-    now, limit_bytes, over = row
-    chain = _Chain([None] * len(keys), [set() for _ in keys], now)
+    room = _Room(*row)
+    chain = _Chain([None] * len(keys), [set() for _ in keys], room.now)
     for place, codec, used_at in there:
         at = place - 1
         chain.codecs[at].add(codec)
         known = chain.used_at[at]
         chain.used_at[at] = used_at if known is None else min(known, used_at)
-    return chain, limit_bytes, over
+    return room, chain
 
 
 def _leading(batch: Sequence[Sealed], most_bytes: int | None) -> int:

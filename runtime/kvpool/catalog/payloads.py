@@ -2,9 +2,11 @@
 
 A record is a row; PostgreSQL keeps its bytes out of line, as they are. What is above the limits, of a model or of all,
 goes oldest first, in the transaction that inserts; the counters are part of it, so they are right whoever dies when.
-The limits count records, not what the server needs beside them: dead rows are there until it has vacuumed.
+The limits count records. The room of removed ones is free again when the server has vacuumed; where more waits for that
+than all records may be, nothing is stored.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ BACKGROUND_S = 10.0
 """What a step of work that nobody waits for may take without progress."""
 ALL_MODELS = b""
 
+_log = logging.getLogger(__name__)
+
 
 class PayloadTier:
     """Holds records in PostgreSQL; implements `KeyedTier`. Safe from any thread; the connections are the caller's.
@@ -60,6 +64,7 @@ class PayloadTier:
         self._refresh = timedelta(seconds=refresh_s)
         self._evicted = evicted
         self._closed = False
+        self._awaits_vacuum = False
         self._lock = threading.Lock()
         self._limits_to_write: dict[bytes, int | None] = {ALL_MODELS: inline_bytes}
 
@@ -99,7 +104,8 @@ class PayloadTier:
     def put(self, tree: TreeId, records: Sequence[Sealed], ancestors: Sequence[BlockKey]) -> Moved:
         """Store records; see `KeyedTier`. Several transactions, where they are more than `BATCH_BYTES`.
 
-        A record is refused that is too large, or of an erased epoch, and all from the first on that finds no room.
+        A record is refused that is too large, or of an erased epoch, and all from the first on that finds no room; all
+        are while the server has yet to vacuum.
         """
         done = [False] * len(records)
         small = [at for at, record in enumerate(records) if size_of(record) <= self._inline_max_bytes]
@@ -209,6 +215,7 @@ class PayloadTier:
                     done[at] = True
                 taken += stored.taken
                 self._tell_evicted(stored.evicted)
+                self._note_vacuum(awaited=stored.awaits_vacuum)
                 if stored.taken < len(batch):  # a limit may have been lowered, and nobody is trimming
                     self._trim(connection, tree.fingerprint)
                     self._trim(connection, ALL_MODELS)
@@ -233,6 +240,12 @@ class PayloadTier:
         evicted = [Found(BlockKey(key), codec, nbytes) for key, codec, nbytes in rows]
         self._tell_evicted(evicted)
         return len(evicted)
+
+    def _note_vacuum(self, *, awaited: bool) -> None:
+        """Say it once, when it begins."""
+        if awaited and not self._awaits_vacuum:
+            _log.warning("database tier: nothing is stored until the server has vacuumed kvpool.payloads")
+        self._awaits_vacuum = awaited
 
     def _tell_evicted(self, evicted: Sequence[Found]) -> None:
         if evicted and self._evicted is not None:
