@@ -14,7 +14,7 @@ from kvpool.pool.pool import Pool
 from kvpool.pool.results import Verdict
 from kvpool.tiers.tier import TierName
 from tests.local.servers import Server
-from tests.pool.kv import BLOCK_TOKENS, MIB, empty_ram, eventually, flushed, load, prompt, spec, store
+from tests.pool.kv import BLOCK_TOKENS, DEADLINE_S, MIB, empty_ram, eventually, flushed, load, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
 
 from .pools import catalog_of, open_shared, reported
@@ -81,7 +81,8 @@ def test_prompts_are_found_by_likeness_best_first_and_only_of_the_same_tenant(
         store(model, long, tenant="other")
         prompts = pool._engine.prompts
         assert prompts is not None
-        eventually(lambda: prompts.remembered == 4, "all prompts are remembered")
+        assert prompts.flush(DEADLINE_S)
+        assert prompts.remembered == 4
         found = pool.find("m", "default", similar_to=long, limit=2)
         assert [entry.depth for entry in found] == [39, 39]
         likeness = [entry.similarity or 0.0 for entry in found]

@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from kvpool.api import SharingScope
 from kvpool.api.codec import Codec
@@ -58,6 +59,10 @@ READ_FAILURES, WRITE_FAILURES = 3, 1
 LOOKUP_THREADS, SENDER_THREADS = 8, 2
 DATABASE_ROUND_S = 7200.0
 """Where nothing has a TTL: blocks that are used are offered to the database as often as if it had this one."""
+if TYPE_CHECKING:
+    from kvpool.pool.prefetch import Prefetcher
+    from kvpool.pool.remote.prompts import PromptMemory
+
 _log = logging.getLogger(__name__)
 
 
@@ -164,6 +169,7 @@ def assemble(
         remote=None,
         catalog=None,
         prompts=None,
+        prefetcher=None,
         epoch_sync=epoch_sync,
         identity_of=identity_of,
         is_unregistered=is_unregistered,
@@ -188,9 +194,18 @@ def assemble(
             remote.reporter = tiers.catalog.reporter
             remote.prompts = engine.prompts = tiers.prompts
             tiers.catalog.reporter.embeds = tiers.prompts is not None
+            if tiers.prompts is not None and config.prefetch.semantic:
+                engine.prefetcher = make_prefetcher(engine, tiers.prompts, layout_of)
             events.tap = tiers.catalog.reporter.copied
             index.on_removed = tiers.catalog.reporter.removed
     return engine
+
+
+def make_prefetcher(engine: Engine, prompts: PromptMemory, layout_of: Layouts) -> Prefetcher:
+    """What brings blocks up before they are asked for."""
+    from kvpool.pool.prefetch import Prefetcher
+
+    return Prefetcher(engine, prompts, max_bytes=lambda: engine.settings.prefetch_bytes, layout_of=layout_of)
 
 
 def _record_bytes(encodings: Encodings, layout: KVLayout | None, fingerprint: Fingerprint) -> int | None:
@@ -277,6 +292,7 @@ def live_settings(config: RuntimeConfig) -> LiveSettings:
         read_ahead=config.policy.read_ahead,
         compress_shared=config.sharing.compress_shared,
         gpu_after_hits=config.policy.gpu_after_hits,
+        prefetch_bytes=config.prefetch.max_bytes,
         sends_again=config.policy.promote_to_dragonfly,
         shared_ttl_s=DATABASE_ROUND_S if config.dragonfly is None else config.dragonfly.ttl_s,
         shared_budget_s=max(
@@ -297,10 +313,12 @@ def sharing_rules(config: RuntimeConfig) -> SharingRules:
 
 
 def notices(config: RuntimeConfig) -> tuple[str, ...]:
-    """What the configuration asks for and this version does not have, a sentence each."""
+    """What the configuration asks for and cannot be done with the rest of it, a sentence each."""
     found = []
-    if config.prefetch.semantic:
-        found.append("prefetch.semantic is not used: this version does not prefetch")
+    if config.prefetch.semantic and (config.database is None or config.database.qdrant is None):
+        found.append("prefetch.semantic is not used: it needs tiers.database.qdrant")
+    elif config.prefetch.semantic and config.ssd is None:
+        found.append("prefetch.semantic is not used: there is no tiers.ssd to read from")
     return tuple(found)
 
 

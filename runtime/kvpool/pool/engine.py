@@ -39,6 +39,7 @@ from kvpool.tiers.extents import Bytes
 from kvpool.tiers.ram import RamTier
 
 if TYPE_CHECKING:
+    from kvpool.pool.prefetch import Prefetcher
     from kvpool.pool.remote.catalog import PoolCatalog
     from kvpool.pool.remote.prompts import PromptMemory
 
@@ -58,6 +59,7 @@ class LiveSettings:
     read_ahead: bool
     compress_shared: bool
     gpu_after_hits: int
+    prefetch_bytes: int
     sends_again: bool
     """Whether what is read or used here, and is not in dragonfly any more, is sent there again."""
     shared_ttl_s: float
@@ -133,6 +135,8 @@ class Engine:
     """None: the configuration has no database tier."""
     prompts: PromptMemory | None
     """None: the configuration has no Qdrant."""
+    prefetcher: Prefetcher | None
+    """None: `prefetch.semantic` is off."""
     identity_of: Identities
     is_unregistered: Callable[[Fingerprint], bool]
     is_known_name: Callable[[str], bool]

@@ -125,6 +125,7 @@ def _similar(engine: Engine, question: Question) -> dict[BlockKey, float] | None
     count = min(question.limit, MAX_SIMILAR)
     from kvpool.catalog.vectors.contract import VectorsUnavailableError
 
+    prompts.flush(OWN_REPORTS_S)
     tokens, tree_id = token_bytes(question.similar_to), _tree_id(engine, question)
     try:
         hits = prompts.similar(tokens, tree_id, count, deadline_s=SIMILAR_DEADLINE_S)

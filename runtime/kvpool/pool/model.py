@@ -114,6 +114,8 @@ class Model:
             remote = engine.remote
             if remote is not None and pin.node.sent < remote.round:
                 remote.send_again(pin)
+        if engine.prefetcher is not None:
+            engine.prefetcher.asked(pin.tree.id, packed)
         return Lease(self, pin, packed, extras)
 
     def store(
@@ -145,7 +147,7 @@ class Model:
             total = len(packed) // self._token_bytes
             try:
                 stored, refusal = self._store_after(pin, packed, source, extras, total)
-                if stored and engine.remote is not None:
+                if engine.remote is not None and (stored or engine.prefetcher is not None):
                     engine.remote.note_prompt(pin)
                 already += pin.depth - already - stored
                 refused = {refusal: total - pin.depth} if refusal else {}

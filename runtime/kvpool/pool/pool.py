@@ -328,6 +328,8 @@ class Pool:
             engine.catalog.start(self.config.prices)
         if engine.prompts is not None:
             engine.prompts.start()
+        if engine.prefetcher is not None:
+            engine.prefetcher.start()
         tier = engine.store.open() if engine.epoch_sync.trusted else None
         if tier is not None:
             use_tier(engine, tier)
@@ -370,6 +372,8 @@ class Pool:
                 stack.callback(engine.catalog.close, self.models(), until_s)
             if engine.prompts is not None:
                 stack.callback(engine.prompts.close, until_s)
+            if engine.prefetcher is not None:
+                stack.callback(engine.prefetcher.close, until_s)
             if engine.remote is not None:
                 stack.callback(self._remote_keeper.close, until_s)
             stack.callback(engine.readers.close, until_s)

@@ -54,6 +54,7 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
         promoted_blocks=0 if engine.gpu is None else engine.gpu.promoter.promoted_blocks,
         tiers=_tiers(engine),
         shared=_shared(engine),
+        prefetch=None if engine.prefetcher is None else engine.prefetcher.stats(),
         skipped_lookups=0 if engine.remote is None else engine.remote.skipped_lookups,
         write_behind=_write_behind(engine),
         index=IndexStats(trees=len(index.trees), blocks=index.blocks, bytes=index.bytes, limit_bytes=index.limit_bytes),

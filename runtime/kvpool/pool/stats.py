@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvpool.pool.results import Refusal
 from kvpool.tiers.tier import TierName
@@ -46,6 +47,36 @@ class SharedTierStats:
     """Batches that were not read or sent, since too many bytes were in flight."""
     fell_out: int
     """How often it went out of use."""
+
+
+class PrefetchStats(NamedTuple):
+    """Blocks that were read ahead of being asked for, and what became of them."""
+
+    searches: int
+    prefetched_blocks: int
+    used_blocks: int
+    unused_blocks: int
+    """They left RAM before anybody asked for them."""
+    held_bytes: int
+    """Neither used nor gone yet."""
+
+    @property
+    def precision(self) -> float:
+        """Used ones of those whose fate is known."""
+        known = self.used_blocks + self.unused_blocks
+        return self.used_blocks / known if known else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalServerStats:
+    """A server that this process runs for a managed tier. It may be stuck all the same."""
+
+    name: str
+    """`dragonfly`, `postgres` or `qdrant`."""
+    version: str
+    """The program and its version, as `redis 8.2.3`."""
+    pid: int | None
+    """The server's first process; None while none runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +195,8 @@ class PoolStats:
     """Copied from RAM up to device memory."""
     tiers: Mapping[TierName, TierStats]
     shared: Mapping[TierName, SharedTierStats]
+    prefetch: PrefetchStats | None
+    """None: `prefetch.semantic` is off."""
     skipped_lookups: int
     """Leases whose tail was not looked up in shared tiers, since too many lookups were under way."""
     write_behind: WriteBehindStats

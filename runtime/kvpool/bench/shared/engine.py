@@ -104,8 +104,8 @@ def _matches(plain: OpenModel, shared: OpenModel, conditions: Conditions) -> Ite
             opened.model.store(prompt, memory)
             opened.pool.flush(DEADLINE_S)
         calls = conditions.scaled(CALLS, least=50)
-        held = [seconds_per_call(partial(_match_and_close, opened, prompt), calls) for opened in (shared, plain)]
-        figure = beside(*held, 4 * conditions.rounds).in_unit(_US)
+        subject, probe = (seconds_per_call(partial(_match_and_close, one, prompt), calls) for one in (shared, plain))
+        figure = beside(subject, probe, 4 * conditions.rounds).in_unit(_US)
         yield Row(f"beside.match.{name}", "us", figure, ratio_at_most(1.05))
 
 

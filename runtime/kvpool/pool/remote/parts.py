@@ -92,7 +92,7 @@ class Remote:
         if parcel is not None and self.reporter is not None:
             self.reporter.asked(parcel)
         if parcel is not None and self.prompts is not None:
-            self.prompts.stored(parcel)
+            self.prompts.asked(parcel)
 
     def send_again(self, pin: Pin) -> None:
         """The pinned blocks are used: once in a round, see that they are there still. Never waits."""

@@ -1,7 +1,7 @@
 """Remembers prompts by their vectors, so that those which are like another are found: Qdrant, and a thread before it.
 
-A store leaves a parcel in a bounded queue and is done; encoding and sending are this thread's. A Qdrant that fails is
-left alone until it is time to try again; what is stored meanwhile waits, the latest of it, and the rest is counted.
+Who serves a request leaves its prompt in a bounded queue and is done. While Qdrant is away the latest prompts wait, and
+the rest is counted. What connects to it, or starts it, is tried again until it succeeds.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
+from kvpool.blocks.identity import BlockKey, TenantDigest, TreeId
 from kvpool.catalog.embedding.encoder import PromptEncoder
-from kvpool.catalog.vectors.contract import BATCH_POINTS, Hit, Point, PromptVectors, VectorsUnavailableError, point_id
+from kvpool.catalog.vectors.contract import Hit, PromptVectors, VectorsUnavailableError
+from kvpool.catalog.vectors.predictor import SemanticPredictor
 from kvpool.prefix import sending
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.sending import Parcel
 from kvpool.resilience import BreakerLimits, BreakerState, CircuitBreaker
 
 EVERY_S = 0.5
+MAX_QUEUED = 10_000
+MAX_PLACES = 100_000
 CONNECT_S = 5.0
 """How long a question waits for the first connection of a pool that was opened just now."""
-MAX_QUEUED = 10_000
 LIMITS = BreakerLimits(failures=1, first_backoff_s=1.0, last_backoff_s=10.0)
 _log = logging.getLogger(__name__)
 
@@ -40,17 +42,16 @@ class PromptMemory:
         is_trusted: Callable[[], bool],
     ) -> None:
         self.breaker = CircuitBreaker(LIMITS)
-        self.last_error = "not connected yet"
-        self.remembered = 0
-        """Prompts that were remembered, and not known before or stored anew."""
-        self.dropped = 0
-        """Prompts that were not, since Qdrant was away for so long that too many waited."""
         self.encoder = encoder
         self._index = index
         self._open_vectors = open_vectors
         self._is_trusted = is_trusted
+        self._fault = "not connected yet"
         self._vectors: PromptVectors | None = None
+        self._predictor: SemanticPredictor | None = None
         self._queue: deque[Parcel] = deque()
+        self._places: OrderedDict[BlockKey, Parcel] = OrderedDict()
+        self._dropped = 0
         self._erasures: deque[tuple[TenantDigest, int]] = deque(maxlen=MAX_QUEUED)
         self._tried = threading.Event()
         """Set once it was tried to connect."""
@@ -60,17 +61,32 @@ class PromptMemory:
     @property
     def usable(self) -> bool:
         """Whether it can be asked."""
-        return self._vectors is not None and self.breaker.state is BreakerState.CLOSED
+        return self._predictor is not None and self.breaker.state is BreakerState.CLOSED
+
+    @property
+    def last_error(self) -> str:
+        """What was the matter last; empty where nothing ever was."""
+        return self._fault or self.breaker.last_error or ""
+
+    @property
+    def remembered(self) -> int:
+        """Prompts that were remembered; one that is asked for again counts again."""
+        return 0 if self._predictor is None else self._predictor.stats().stored
+
+    @property
+    def dropped(self) -> int:
+        """Prompts that were not, since too many waited."""
+        return self._dropped + (0 if self._predictor is None else self._predictor.stats().dropped)
 
     def start(self) -> None:
         """Connect, and begin."""
         self._thread.start()
 
-    def stored(self, parcel: Parcel) -> None:
-        """A prompt was stored. Never waits."""
+    def asked(self, parcel: Parcel) -> None:
+        """A prompt was asked for. Never waits."""
         if len(self._queue) >= MAX_QUEUED:
             self._queue.popleft()
-            self.dropped += 1
+            self._dropped += 1
         self._queue.append(parcel)
 
     def similar(self, tokens: bytes, tree: TreeId, count: int, *, deadline_s: float) -> list[Hit]:
@@ -80,28 +96,47 @@ class PromptMemory:
         """
         self._tried.wait(CONNECT_S)
         vectors = self._vectors
-        if vectors is None or not self.usable:
+        if vectors is None or self.breaker.state is not BreakerState.CLOSED:
             raise VectorsUnavailableError(self.last_error)
         try:
             return vectors.search(self.encoder.encode(tokens), tree, count, deadline_s=deadline_s)
         except VectorsUnavailableError as error:
-            self._fell_out(error.reason)
+            self.breaker.trip(error.reason)
             raise
+
+    def likely(self, tokens: bytes, tree: TreeId, count: int, *, deadline_s: float) -> list[Hit]:
+        """As `similar`; none where that cannot be said now."""
+        predictor = self._predictor
+        return [] if predictor is None else predictor.similar(tokens, tree, count, deadline_s=deadline_s)
+
+    def place_of(self, leaf: BlockKey) -> Parcel | None:
+        """Where in the tree the prompt that ends in this block is; None where it was not asked for here lately."""
+        return self._places.get(leaf)
 
     def erase(self, tenant: TenantDigest, before_epoch: int) -> None:
         """Forget a tenant's prompts of earlier epochs, as soon as that can be done. Never waits."""
         self._erasures.append((tenant, before_epoch))
 
-    def forget_model(self, fingerprint: Fingerprint) -> int:
-        """Forget a model's prompts; how many. Raises `VectorsUnavailableError`."""
-        return 0 if self._vectors is None else self._vectors.forget_model(fingerprint)
+    def flush(self, deadline_s: float) -> bool:
+        """Wait until all that was asked for by now is remembered; False at the deadline, and where it cannot be."""
+        until_s = time.monotonic() + deadline_s
+        self._tried.wait(deadline_s)
+        predictor = self._predictor
+        if predictor is None:
+            return False
+        self._hand_over(predictor)
+        return predictor.flush(max(0.0, until_s - time.monotonic()))
 
     def close(self, until_s: float) -> None:
         """Remember what is queued, and end; `until_s` is on `time.monotonic`."""
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join(max(0.0, until_s - time.monotonic()))
+        predictor, self._predictor = self._predictor, None
         vectors, self._vectors = self._vectors, None
+        if predictor is not None:
+            self._hand_over(predictor)
+            predictor.close(max(0.0, min(2.0, until_s - time.monotonic())))
         if vectors is not None:
             vectors.close()
 
@@ -110,19 +145,16 @@ class PromptMemory:
         self._tried.set()
         while not self._closed.wait(EVERY_S):
             self._turn()
-        self._turn()
 
     def _turn(self) -> None:
         try:
-            if self._vectors is None:
+            if self._predictor is None:
                 self._connect()
-            elif self.breaker.state is not BreakerState.CLOSED and self.breaker.allows():
-                self._vectors.count()
-                self.breaker.succeeded()
-                _log.info("qdrant: in use again")
-            if self.usable:
-                self._erase()
-                self._remember()
+            if self._predictor is not None:
+                if self.breaker.state is not BreakerState.CLOSED and self.breaker.allows():
+                    self._probe()
+                self._erase(self._predictor)
+                self._hand_over(self._predictor)
         except VectorsUnavailableError as error:
             self._fell_out(error.reason)
         except Exception as error:  # the thread's top: the next turn may do better
@@ -133,47 +165,39 @@ class PromptMemory:
         if self._is_trusted() and self.breaker.allows():
             self._vectors = self._open_vectors()
             self.breaker.succeeded()
-            self.last_error = ""
+            self._predictor = SemanticPredictor(self._vectors, encoder=self.encoder, breaker=self.breaker)
+            self._fault = ""
 
-    def _erase(self) -> None:
+    def _probe(self) -> None:
         assert self._vectors is not None
-        while self._erasures:
-            tenant, before_epoch = self._erasures[0]
-            self._vectors.erase(tenant, before_epoch)
+        self._vectors.count()
+        self.breaker.succeeded()
+        _log.info("qdrant: in use again")
+
+    def _erase(self, predictor: SemanticPredictor) -> None:
+        while self._erasures and self.breaker.state is BreakerState.CLOSED:
+            predictor.erase(*self._erasures[0])
             self._erasures.popleft()
 
-    def _remember(self) -> None:
-        assert self._vectors is not None
-        while self._queue:
-            points = self._points()
-            if points:
-                self._vectors.upsert(points)
-                self.remembered += len(points)
-
-    def _points(self) -> list[Point]:
-        """What is queued, a batch of it, encoded; of several parcels of one prompt's the last."""
-        found: dict[BlockKey, Point] = {}
-        for _ in range(min(len(self._queue), BATCH_POINTS)):
-            parcel = self._queue.popleft()
-            known = sending.chain(self._index, parcel)
-            tokens = sending.tokens(self._index, parcel)
-            if known is None or not known[1] or not tokens:
-                continue
-            tree, keys = known
-            found[keys[-1]] = Point(
-                id=point_id(keys[-1]),
-                vector=self.encoder.encode(tokens),
-                tree=tree,
-                leaf=keys[-1],
-                blocks=len(keys),
-                tokens=len(tokens) // 4,
-                at_ms=time.time_ns() // 1_000_000,
-            )
-        return list(found.values())
+    def _hand_over(self, predictor: SemanticPredictor) -> None:
+        for _ in range(len(self._queue)):
+            try:
+                parcel = self._queue.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            known, tokens = sending.chain(self._index, parcel), sending.tokens(self._index, parcel)
+            if known is not None and known[1] and tokens:
+                tree, keys = known
+                self._places[keys[-1]] = parcel
+                self._places.move_to_end(keys[-1])
+                if len(self._places) > MAX_PLACES:
+                    self._places.popitem(last=False)
+                predictor.observe(tokens, tree, keys[-1], len(keys))
 
     def _fell_out(self, reason: str) -> None:
-        self.last_error = reason
         was_closed = self.breaker.state is BreakerState.CLOSED
+        if self._predictor is None:
+            self._fault = reason
         self.breaker.trip(reason)
         if was_closed:
             _log.warning("qdrant: %s; not used until it answers again", reason)
