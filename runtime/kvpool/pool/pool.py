@@ -31,6 +31,7 @@ from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
 from kvpool.pool.registry import Registry
 from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.servers import RunningServer, running_servers
 from kvpool.pool.remote.telling import erase_elsewhere
 from kvpool.pool.restoring import distrust, use_tier
 from kvpool.pool.results import EraseReport, ModelSpec, ReloadReport, UnregisterReport
@@ -202,6 +203,10 @@ class Pool:
         if engine.prompts is not None and not engine.prompts.usable:
             found.add(Degradation.NO_QDRANT)
         return frozenset(found)
+
+    def local_servers(self) -> list[RunningServer]:
+        """The servers that run here for managed tiers, in the waterfall's order. One that ended is started again."""
+        return running_servers(self._engine)
 
     def release_device_memory(self, nbytes: int) -> int:
         """The engine is out of device memory: hold `nbytes` less of it; how many bytes it was given back by now.

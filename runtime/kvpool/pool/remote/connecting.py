@@ -1,12 +1,15 @@
 """How a shared tier is reached: what is asked for one when the pool opens, and again while there is none."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvpool.blocks.identity import Fingerprint
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import KeyedTier, TierName
+
+if TYPE_CHECKING:
+    from kvpool.local import LocalServer
 
 
 class Connector(Protocol):
@@ -36,4 +39,14 @@ class Connector(Protocol):
 
     def close(self) -> None:
         """The pool is closed: stop what was started."""
+        ...
+
+
+@runtime_checkable
+class RunsServer(Protocol):
+    """A connector whose server may be ours to run."""
+
+    @property
+    def server(self) -> "LocalServer | None":
+        """That server; None before its first start, and where it runs elsewhere."""
         ...

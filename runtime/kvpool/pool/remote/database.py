@@ -46,6 +46,11 @@ class DatabaseConnector:
         self._tier: PayloadTier | None = None
         self._limits: Mapping[Fingerprint, Limit] = {}
 
+    @property
+    def server(self) -> LocalServer | None:
+        """As `RunsServer` says."""
+        return self._server
+
     def start(self) -> None:
         """As `Connector` says."""
         if self._config.postgres.secret is not None:
@@ -63,6 +68,9 @@ class DatabaseConnector:
             self._epochs.step()
         except OSError as error:
             raise TierUnavailableError(self.name, f"epochs cannot be kept: {error.strerror or error}") from error
+        except TierUnavailableError:
+            if not self._epochs.reached:
+                raise  # else it may be a server that takes no changes: it can be read
         tier = PayloadTier(
             self.catalog.connections,
             self.catalog.schema,

@@ -32,6 +32,11 @@ class DragonflyConnector:
         self._limited: LimitedTier | None = None
         self._limits: Mapping[Fingerprint, Limit] = {}
 
+    @property
+    def server(self) -> LocalServer | None:
+        """As `RunsServer` says."""
+        return self._server
+
     def start(self) -> None:
         """As `Connector` says."""
         if self._config.secret is not None:

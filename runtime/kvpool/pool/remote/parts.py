@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.blocks.identity import Fingerprint
 from kvpool.config import RuntimeConfig
-from kvpool.pool.remote.connecting import Connector
+from kvpool.pool.remote.connecting import Connector, RunsServer
 from kvpool.pool.remote.erasing import Eraser
 from kvpool.pool.remote.lookup import Lookup, LookupParts, Prompt, Sources
 from kvpool.pool.remote.sender import Sender
@@ -26,6 +26,7 @@ MAX_LOOKUPS = 64
 ROUNDS_PER_TTL = 4
 """How often, within the time for which the shared tiers keep a block, one that is used here is offered to them."""
 if TYPE_CHECKING:
+    from kvpool.local import LocalServer
     from kvpool.pool.remote.prompts import PromptMemory
     from kvpool.pool.remote.reporter import Reporter
 
@@ -72,6 +73,12 @@ class Remote:
     def usable(self) -> bool:
         """Whether any shared tier can be asked."""
         return any(store.usable for store in self.stores)
+
+    @property
+    def servers(self) -> list[LocalServer]:
+        """Those that are ours to run, and were started."""
+        found = [connector.server for connector in self._connectors if isinstance(connector, RunsServer)]
+        return [server for server in found if server is not None]
 
     def store(self, name: TierName) -> RemoteStore | None:
         """The store of a tier; None where there is no such tier."""
