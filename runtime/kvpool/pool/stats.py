@@ -68,18 +68,6 @@ class PrefetchStats(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalServerStats:
-    """A server that this process runs for a managed tier. It may be stuck all the same."""
-
-    name: str
-    """`dragonfly`, `postgres` or `qdrant`."""
-    version: str
-    """The program and its version, as `redis 8.2.3`."""
-    pid: int | None
-    """The server's first process; None while none runs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WriteBehindStats:
     """What went down to SSD. Dropped blocks were wanted there and lost or refused, by reason."""
 
