@@ -19,6 +19,7 @@ AREAS: Mapping[str, str] = {
     "gpu": "kvpool.bench.gpu",
     "prefetch": "kvpool.bench.prefetch",
     "quality": "kvpool.bench.quality",
+    "shared": "kvpool.bench.shared",
     "sharing": "kvpool.bench.sharing",
 }
 """Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""

@@ -165,6 +165,14 @@ def test_who_says_nothing_more_is_waited_for_as_long_as_the_budget(data: bytes) 
             wire.answer()
 
 
+def test_who_has_no_patience_left_takes_what_is_there_and_waits_for_nothing() -> None:
+    with connected(budget_s=0.0) as (wire, far):
+        with pytest.raises(StalledError):
+            wire.answer()
+        far.sendall(b"+OK\r\n")
+        assert wire.answer() == b"OK"
+
+
 @pytest.mark.parametrize(
     "data",
     [

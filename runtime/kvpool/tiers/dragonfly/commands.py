@@ -100,7 +100,9 @@ def read_end(name: bytes, start: int, into: memoryview) -> Command:
 
 
 def _read_range(name: bytes, first: int, last: int, into: memoryview) -> Command:
-    return Command(name, (encoded(b"GETRANGE", name, b"%d" % first, b"%d" % last),), into)
+    start, end = b"%d" % first, b"%d" % last
+    request = b"*4\r\n$8\r\nGETRANGE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
+    return Command(name, (request % (len(name), name, len(start), start, len(end), end),), into)
 
 
 def write(name: bytes, record: memoryview, ttl_ms: int) -> Command:

@@ -15,7 +15,8 @@ class Patience:
     @property
     def left_s(self) -> float:
         """Seconds until it is used up, if nothing moves; 0 when it is."""
-        return max(self._end_s - time.monotonic(), 0.0)
+        left_s = self._end_s - time.monotonic()
+        return left_s if left_s > 0.0 else 0.0
 
     def moved(self) -> None:
         """Bytes went or came: it begins anew."""

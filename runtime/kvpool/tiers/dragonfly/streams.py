@@ -16,6 +16,7 @@ from kvpool.tiers.dragonfly.commands import Bytes
 from kvpool.tiers.dragonfly.patience import Patience
 
 _TIMEVAL = struct.Struct("@ll")
+_NOW = int(socket.MSG_DONTWAIT)
 
 
 class Stream(Protocol):
@@ -53,15 +54,15 @@ class PlainStream:
         sock.settimeout(None)
         self.close = close
         self._socket = sock
-        self._kernel_s = 0.0
-        """The timeout that the kernel has; 0: none yet."""
+        self._kernel_s = -1.0
+        """The timeout that the kernel has; below 0: none yet, so it would wait for ever."""
         self._either = _polled(sock, select.POLLIN | select.POLLOUT)
         self._in = _polled(sock, select.POLLIN)
 
     def send(self, parts: Sequence[Bytes]) -> int:
         """As `Stream` says."""
         try:
-            return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            return self._socket.sendmsg(parts, (), _NOW)
         except BlockingIOError:
             return 0
 
@@ -80,7 +81,7 @@ class PlainStream:
     def receive_unless_writable(self, into: memoryview, patience: Patience) -> int | None:
         """As `Stream` says."""
         ready = _wait(self._either, patience)
-        return self._socket.recv_into(into, 0, socket.MSG_DONTWAIT) if ready & ~select.POLLOUT else None
+        return self._socket.recv_into(into, 0, _NOW) if ready & ~select.POLLOUT else None
 
     def is_quiet(self) -> bool:
         """As `Stream` says."""
