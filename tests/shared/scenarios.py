@@ -385,6 +385,7 @@ def before_a_restart(pool: Pool, model: Model) -> None:
     flushed(pool)
     pool.erase(tenant="gone")
     assert pool.shared_prefixes(1)[0].tokens == 8 * BLOCK_TOKENS
+    like_a_prompt_of_before(pool)
 
 
 def after_a_restart(pool: Pool) -> None:
@@ -398,6 +399,7 @@ def after_a_restart(pool: Pool) -> None:
     for tier in (DRAGONFLY, DATABASE):
         assert held_by(pool, model, tier, prompt(8) + prompt(4, 2)) == 12
     assert fetched(pool, model, prompt(6, 3), "gone") == {}
+    like_a_prompt_of_before(pool)
     check(pool)
 
 
@@ -478,6 +480,16 @@ def push_out(
         kept(pool, model, prompt(4, next(_SEEDS)))
         flushed(pool)  # what is being written is leased, and others would have to go in its place
     raise AssertionError(f"other prompts do not push it out of {tiers}: {tiers_of(model, tokens)}")
+
+
+def like_a_prompt_of_before(pool: Pool) -> None:
+    """Where there is Qdrant: fails unless it knows the two prompts that are like one which was stored."""
+    if pool.config.database is not None and pool.config.database.qdrant is not None:
+        tokens = prompt(8) + prompt(4, 1)
+        eventually(lambda: len(pool.find("m", "default", similar_to=tokens)) == 2, "Qdrant remembers what was stored")
+        best, other = pool.find("m", "default", similar_to=tokens)
+        assert best.key == pool.model("m").explain(tokens)[-1].key
+        assert (best.similarity or 0) > (other.similarity or 0)
 
 
 def promote(pool: Pool, model: Model, tokens: list[int]) -> None:

@@ -16,13 +16,14 @@ from kvpool.config import RuntimeConfig
 from kvpool.local import local_postgres
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec
+from kvpool.resilience import Degradation
 from kvpool.tiers.gpu.cpu import CpuDevice
 from tests.pool.kv import DEADLINE_S, MIB, RECORD, identity, spec
 from tests.pool.test_pool_codecs import LARGE as FLOATS
 from tests.pool.test_pool_gpu import Devices
 
 from . import scenarios
-from .pools import shared_config
+from .pools import in_normal_mode, shared_config
 
 RAM_BLOCKS, GPU_BLOCKS = 64, 24
 DRAGONFLY = {"memoryBytes": 64 * MIB}
@@ -94,7 +95,8 @@ def with_gpu(config: RuntimeConfig, blocks: int | None) -> RuntimeConfig:
 @contextmanager
 def opened(config: RuntimeConfig, directory: Path) -> Iterator[Pool]:
     with Pool.open(config, directory=directory, gpu=Devices(CpuDevice)) as pool:
-        assert pool.stats().mode == "normal", "all tiers are there"
+        assert pool.degradations() <= {Degradation.NO_QDRANT}, "all tiers are there at once"
+        in_normal_mode(pool)
         touching = pool._engine.ram._prefault_thread
         if touching is not None:  # a small tier would lack a block meanwhile
             touching.join()
@@ -156,10 +158,14 @@ def test_memory_pressure(site: Site) -> None:
 
 
 def test_persistence_over_a_restart(site: Site) -> None:
-    with site.pool(sharing={"minPrefixTokens": 8}) as pool:
+    options: dict[str, Any] = {
+        "sharing": {"minPrefixTokens": 8},
+        "database_options": {"qdrant": {"tls": False}},
+    }
+    with site.pool(**options) as pool:
         scenarios.before_a_restart(pool, pool.register(spec()))
-    with site.pool(sharing={"minPrefixTokens": 8}) as pool:
+    with site.pool(**options) as pool:
         scenarios.after_a_restart(pool)
     shutil.rmtree(site.node / "ssd")
-    with site.pool(sharing={"minPrefixTokens": 8}) as pool:
+    with site.pool(**options) as pool:
         scenarios.after_losing_the_disk(pool)
