@@ -32,8 +32,10 @@ from kvpool.catalog.writer import CatalogWriter, WriterStats
 from kvpool.config import DatabaseConfig, PricesConfig
 from kvpool.config.service import ServiceAddress
 from kvpool.pool.remote.reporter import Reporter
+from kvpool.pool.remote.store import LIMITS
 from kvpool.prefix.index import PrefixIndex
 from kvpool.prefix.sharing import SharedPrefix, top_shared
+from kvpool.resilience import CircuitBreaker
 from kvpool.tiers.tier import TierName
 
 if TYPE_CHECKING:
@@ -69,7 +71,12 @@ class PoolCatalog:
         journal = Journal(directory / JOURNAL_NAME, max_bytes=config.journal_bytes)
         forgetting = {} if dragonfly_ttl_s is None else {TierName.DRAGONFLY: dragonfly_ttl_s}
         self._writer = CatalogWriter(
-            self.connections, journal, node=node, schema=self.schema, keep=CatalogLimits(ttl_s=forgetting)
+            self.connections,
+            journal,
+            node=node,
+            schema=self.schema,
+            breaker=CircuitBreaker(LIMITS),
+            keep=CatalogLimits(ttl_s=forgetting),
         )
         self.reporter = Reporter(index, self._writer, clock=clock)
         self._index = index
