@@ -8,8 +8,8 @@ than all records may be, nothing is stored.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -168,11 +168,9 @@ class PayloadTier:
         """Refuse further calls; those in flight end after the batch that they are at."""
         self._closed = True
 
-    @contextmanager
-    def _connected(self, *, at_least_s: float = 0.0) -> Iterator[BoundedConnection]:
+    def _connected(self, *, at_least_s: float = 0.0) -> AbstractContextManager[BoundedConnection]:
         self._check_open()
-        with self._sessions.borrow(at_least_s=at_least_s) as connection:
-            yield connection
+        return self._sessions.borrow(at_least_s=at_least_s)
 
     def _check_open(self) -> None:
         if self._closed:
