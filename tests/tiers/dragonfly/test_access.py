@@ -87,9 +87,8 @@ def test_a_user_that_may_touch_our_keys_alone_is_enough(
     if rights == ALL_RIGHTS:
         assert tier.usage().used_bytes > 0
     else:
-        with pytest.raises(TierUnavailableError, match="NOPERM"):
-            tier.usage()
-        assert tier.find(TREE, keys_of(chain(1)), [CODEC_NONE]) == [None]
+        assert tier.usage() == (0, 0)
+        assert tier.info().program == "unknown"
     tier.close()
 
 
@@ -104,11 +103,15 @@ def test_a_user_that_may_not_write_reads_and_says_why_it_does_not_write(
     records = chain(4)
     assert tier.find(TREE, keys_of(records[:2]), [CODEC_NONE]) == [found_of(sealed) for sealed in records[:2]]
     buffer = np.empty(records[0].record.nbytes, np.uint8)
-    moved = tier.get(TREE, [found_of(records[0])], [buffer])
-    assert moved.done == [True]
+    assert tier.get(TREE, [found_of(records[0])], [buffer]) == Moved([True])
     assert np.array_equal(buffer, records[0].record)
+    moved = tier.put(TREE, records[1:], [])
+    assert moved.done == [True, False, False]
+    assert "NOPERM" in moved.fault
     with pytest.raises(TierUnavailableError, match="NOPERM"):
-        tier.put(TREE, records[2:], [])
+        tier.touch(TREE, keys_of(records), [CODEC_NONE])
+    with pytest.raises(TierUnavailableError, match="NOPERM"):
+        tier.drop(TREE, [found_of(records[0])])
     own.close()
     tier.close()
 
@@ -120,6 +123,11 @@ def test_the_database_that_the_url_names_is_used(server: RedisProcess, address: 
         assert client.info("keyspace").keys() == {"db3"}
     tier.close()
     assert "database" in refusal_of(tier_at(lambda: ServiceAddress(url=f"{address.url}/cache")))
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:99999", "redis://a..b:6379", "redis://127.0.0.1:x"])
+def test_an_address_that_cannot_be_is_an_outage(url: str) -> None:
+    assert refusal_of(tier_at(lambda: ServiceAddress(url=url, password=PASSWORD)))
 
 
 def test_a_server_that_repeats_the_password_does_not_get_it_into_our_messages(server: RedisProcess) -> None:

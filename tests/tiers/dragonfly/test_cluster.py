@@ -11,9 +11,10 @@ import pytest
 from redis.crc import key_slot
 
 from kvpool.blocks.record import CODEC_NONE
+from kvpool.tiers.dragonfly.commands import ServerError
 from kvpool.tiers.dragonfly.names import Names
 from kvpool.tiers.dragonfly.tier import DragonflyTier
-from kvpool.tiers.dragonfly.topology import Topology, topology_of
+from kvpool.tiers.dragonfly.topology import Topology, elsewhere, topology_of
 from kvpool.tiers.tier import TierUnavailableError
 from tests.tiers.dragonfly.servers import Cluster, client_of, eventually, is_whole, redis_cluster, tcp_server, tier_of
 from tests.tiers.keyed_conformance import chain, found_of, holds, keys_of, put, tree_of
@@ -99,6 +100,29 @@ def test_the_cluster_is_known_without_the_node_that_the_address_names(own_cluste
     tier.close()
 
 
+def test_a_first_node_that_stalls_costs_a_budget_once_and_its_own_blocks(own_cluster: Cluster) -> None:
+    records = chain(30)
+    tier = tier_of(own_cluster.folder)
+    put(tier, TREE, records)
+    there = [owner_of(own_cluster, Names(TREE).of(sealed.key, CODEC_NONE)) != 0 for sealed in records]
+    tier.budget_s = SHORT_S
+    own_cluster.servers[0].freeze()
+    assert [block is not None for block in tier.find(TREE, keys_of(records), [CODEC_NONE])] == there
+    asked, slow = 0, 0
+    end_s = time.monotonic() + 3.0
+    while time.monotonic() < end_s:  # beyond some pauses, after each of which it is tried again
+        began_s = time.monotonic()
+        found = tier.find(TREE, keys_of(records), [CODEC_NONE])
+        assert [block is not None for block in found] == there
+        asked += 1
+        slow += time.monotonic() - began_s > SHORT_S / 2
+    assert slow <= 4
+    assert asked > 20
+    own_cluster.servers[0].thaw()
+    eventually(lambda: all(tier.find(TREE, keys_of(records), [CODEC_NONE])), "the node is used again")
+    tier.close()
+
+
 def test_blocks_are_found_while_and_after_their_slot_moves(own_cluster: Cluster) -> None:
     tier = tier_of(own_cluster.folder)
     records = chain(3)
@@ -153,5 +177,17 @@ def test_what_a_cluster_says_of_its_slots_is_read_with_care() -> None:
     assert topology.masters == (("10.0.0.1", 7000), ("seed", 7001))
     assert (topology.by_slot[0], topology.by_slot[9000], topology.by_slot[9001]) == (0, 0, 1)
     assert topology_of([[0, 16383, [b"10.0.0.1", 7000]]], "seed") == Topology()
-    odd: list[Any] = [*rows, [5], 7, [1, 2, b"x"], [-5, 20000, [b"10.0.0.3", 7000]], [b"0", b"1", []]]
-    assert topology_of(odd, "seed").by_slot == topology.by_slot
+    odd: list[Any] = [*rows, [5], 7, [1, 2, b"x"], [0, 9000, [b"10.0.0.3", 0]], [b"0", b"1", []]]
+    assert topology_of(odd, "seed") == topology
+    assert topology_of([*rows, [-5, 20_000, [b"10.0.0.3", 7000]]], "seed").by_slot == topology.by_slot
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        ("MOVED 3999 127.0.0.1:6381", ("127.0.0.1", 6381)), ("ASK 1 ::1:6381", ("::1", 6381)), ("MOVED 1 :6381", None),
+        ("MOVED", None), ("MOVED 1 host:0", None), ("MOVED 1 host:99999", None), ("MOVED 1 host:" + "9" * 9999, None),
+    ],
+)  # fmt: skip
+def test_where_a_key_went_is_read_with_care(text: str, node: tuple[str, int] | None) -> None:
+    assert elsewhere(ServerError(text)) == node

@@ -14,8 +14,7 @@ import pytest
 from kvpool.blocks.record import CODEC_NONE
 from kvpool.config.service import ServiceAddress
 from kvpool.tiers.dragonfly.tier import DragonflyTier
-from kvpool.tiers.tier import Moved, Sealed, TierUnavailableError
-from tests.tiers.conformance import record_of
+from kvpool.tiers.tier import Moved, TierUnavailableError
 from tests.tiers.dragonfly.servers import (
     PASSWORD,
     Between,
@@ -314,13 +313,18 @@ def test_a_server_without_room_takes_what_fits_and_says_why_not_the_rest(tmp_pat
         tier.close()
 
 
-def test_a_server_that_takes_no_writes_is_out_and_says_so(server: RedisProcess, tier: DragonflyTier) -> None:
+def test_a_server_that_takes_no_writes_is_read_and_says_why_it_takes_none(
+    server: RedisProcess, tier: DragonflyTier
+) -> None:
     put(tier, TREE, chain(1))
     with client_of(server.folder) as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
         client.config_set("replica-serve-stale-data", "yes")
         with pytest.raises(TierUnavailableError, match="READONLY"):
-            tier.put(TREE, [Sealed(chain(1, first=5)[0].key, CODEC_NONE, record_of(5, 5000))], [])
+            tier.put(TREE, chain(1, first=5), [])
+        with pytest.raises(TierUnavailableError, match="READONLY"):
+            tier.touch(TREE, keys_of(chain(1)), [CODEC_NONE])
+        assert holds(tier, TREE, chain(1)[0])
         client.execute_command("REPLICAOF", "NO", "ONE")
     assert is_up(tier)
     assert holds(tier, TREE, chain(1)[0])

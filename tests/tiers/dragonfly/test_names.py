@@ -61,6 +61,13 @@ def test_what_is_no_key_of_ours_says_nothing(name: bytes) -> None:
     assert parts is None or name.startswith(b"kvpool:1:")
 
 
+def test_an_epoch_longer_than_any_says_nothing(tier: DragonflyTier, client: Any) -> None:
+    name = f"kvpool:1:{tree_of().tenant.hex()}:{'9' * 9999}:0:0:0".encode()
+    client.set(name, "x")
+    assert parts_of(name) is None
+    assert tier.erase(tree_of().tenant, 5) == 0
+
+
 @given(st.binary(min_size=16, max_size=16).map(TenantDigest))
 def test_an_epoch_is_no_record(tenant: TenantDigest) -> None:
     assert parts_of(epoch_name(tenant)) is None

@@ -10,18 +10,7 @@ from typing import NamedTuple, TypeAlias
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _WHOLE_TIER = frozenset(
-    {
-        "READONLY",
-        "LOADING",
-        "MASTERDOWN",
-        "CLUSTERDOWN",
-        "NOAUTH",
-        "WRONGPASS",
-        "NOPERM",
-        "MISCONF",
-        "BUSY",
-        "NOREPLICAS",
-    }
+    ("READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH", "WRONGPASS", "MISCONF", "BUSY", "NOREPLICAS")
 )
 _ELSEWHERE = frozenset({"MOVED", "ASK"})
 
@@ -52,11 +41,6 @@ class ServerError:
         return self.code in _WHOLE_TIER
 
     @property
-    def is_out_of_memory(self) -> bool:
-        """Whether the server has no room, and evicts nothing to make some."""
-        return self.code == "OOM"
-
-    @property
     def is_elsewhere(self) -> bool:
         """Whether another node of a cluster has the key, which it names."""
         return self.code in _ELSEWHERE
@@ -72,6 +56,8 @@ class Command(NamedTuple):
     request: tuple[Bytes, ...]
     into: memoryview | None = None
     """Where the bulk of the answer goes: then the answer is True or False, whether it came and had that length."""
+    is_extra: bool = False
+    """Whether it may be refused without that being a fault: what was asked for with it was done all the same."""
 
 
 def encoded(*words: bytes) -> bytes:
@@ -115,15 +101,15 @@ def write(name: bytes, record: memoryview, ttl_ms: int) -> Command:
 def keep_longer(name: bytes, ttl_ms: int) -> Command:
     """Keep a value for so long from now on, unless it is kept longer already. Redis >= 7, Valkey, Dragonfly."""
     ttl = b"%d" % ttl_ms
-    return Command(
-        name, (b"*4\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nGT\r\n" % (len(name), name, len(ttl), ttl),)
-    )
+    request = b"*4\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$2\r\nGT\r\n" % (len(name), name, len(ttl), ttl)
+    return Command(name, (request,), is_extra=True)
 
 
 def keep(name: bytes, ttl_ms: int) -> Command:
     """Keep a value for so long from now on."""
     ttl = b"%d" % ttl_ms
-    return Command(name, (b"*3\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(ttl), ttl),))
+    request = b"*3\r\n$7\r\nPEXPIRE\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(ttl), ttl)
+    return Command(name, (request,), is_extra=True)
 
 
 def remove(name: bytes) -> Command:

@@ -63,16 +63,21 @@ class Connections:
         wire.close()
         self._end()
 
-    def close(self) -> None:
-        """Close those that are idle, cut off those that are lent, and lend none any more. May be called again."""
+    def retire(self) -> None:
+        """Close those that are idle, and lend none any more; those that are lent are closed when they come back."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []
-            for wire in self._lent:
-                wire.cut()
             self._changed.notify_all()
         for wire in idle:
             wire.close()
+
+    def close(self) -> None:
+        """The same, and cut off those that are lent. May be called again."""
+        self.retire()
+        with self._changed:
+            for wire in self._lent:
+                wire.cut()
 
     def _take(self, patience: Patience) -> Wire | None:
         """The idle connection that was used last; None: a new one may be made."""

@@ -38,19 +38,25 @@ class Conversation:
             if not self._wire.used_at_s:
                 raise
             self._ask_rest_anew()
-        fault = next((a.text for a in self.answers if isinstance(a, ServerError) and a.is_of_the_tier), "")
         wire, self._wire = self._wire, None
-        if fault:
-            self._pool.discard(wire)
-        else:
+        errors = [
+            at for at, answer in enumerate(self.answers) if isinstance(answer, ServerError) and answer.is_of_the_tier
+        ]
+        if not errors:
             self._pool.give_back(wire)
-        return f"{wire.peer}: {fault}" if fault else ""
+            return ""
+        self._pool.discard(wire)  # the address may mean another server by now
+        return next((f"{wire.peer}: {self._text(at)}" for at in errors if not self._commands[at].is_extra), "")
 
     def close(self) -> None:
         """Close the connection, if it is still borrowed: nobody knows what would come on it."""
         wire, self._wire = self._wire, None
         if wire is not None:
             self._pool.discard(wire)
+
+    def _text(self, at: int) -> str:
+        answer = self.answers[at]
+        return answer.text if isinstance(answer, ServerError) else ""
 
     def _ask_rest_anew(self) -> None:
         """Ask for what was not answered on a new connection."""

@@ -16,6 +16,7 @@ from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 PREFIX = "kvpool:1:"
 _MODEL_BYTES = 8
 _FIELDS = 7
+_MAX_EPOCH_DIGITS = 20
 
 
 class Names:
@@ -43,7 +44,9 @@ class Parts(NamedTuple):
 def parts_of(name: bytes) -> Parts | None:
     """What a key says; None where it is none of a record of this schema."""
     fields = name.split(b":")
-    if len(fields) != _FIELDS or not name.startswith(PREFIX.encode()) or not fields[3].isdigit():
+    if len(fields) != _FIELDS or not name.startswith(PREFIX.encode()):
+        return None
+    if not fields[3].isdigit() or len(fields[3]) > _MAX_EPOCH_DIGITS:
         return None
     return Parts(fields[2].decode(errors="replace"), int(fields[3]), fields[4].decode(errors="replace"))
 

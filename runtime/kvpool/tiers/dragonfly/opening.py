@@ -50,13 +50,16 @@ class Opener:
             address = self._address()
         except ConfigError as error:
             raise RefusedError(str(error)) from None
-        connection = self._connection(address, node, patience.left_s)
-        peer = _peer(address, node)
+        try:
+            peer = _peer(address, node)
+            connection = self._connection(address, node, patience.left_s)
+        except ValueError as error:
+            raise RefusedError(f"{address.url}: {error}") from None
         try:
             connection.connect()
         except exceptions.TimeoutError:
             raise StalledError(f"{peer}: no connection within {patience.budget_s * 1000:.0f} ms") from None
-        except (exceptions.RedisError, OSError) as error:
+        except (exceptions.RedisError, OSError, ValueError) as error:  # ValueError: what is no name of a host
             with suppress(exceptions.RedisError, OSError):
                 connection.disconnect()
             raise RefusedError(f"{peer}: {_said(error, address.password)}") from None
@@ -89,7 +92,7 @@ class Opener:
 
 def _database(text: str) -> int:
     if text and not text.isdigit():
-        raise RefusedError(f"the url names database {text!r}; it must be a number")
+        raise ValueError(f"it names database {text!r}, which is no number")
     return int(text or 0)
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kvpool.tiers.dragonfly.commands import plain
+from kvpool.tiers.dragonfly.commands import ServerError, plain
 from kvpool.tiers.dragonfly.faults import SurpriseError
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.servers import Servers
@@ -12,10 +12,13 @@ _INFO = [plain(b"", b"INFO", b"server"), plain(b"", b"INFO", b"memory")]
 
 
 class ServerInfo(NamedTuple):
-    """`max_bytes` is 0 where the server sets itself no limit. Bytes are those of all nodes together."""
+    """Bytes are those of all nodes together. `max_bytes` is 0 where the server sets itself no limit.
+
+    What a user may not ask for (`INFO`, of its ACL) is 0 or `unknown`.
+    """
 
     program: str
-    """`redis`, `valkey` or `dragonfly`."""
+    """`redis`, `valkey`, `dragonfly` or `unknown`."""
     version: str
     used_bytes: int
     max_bytes: int
@@ -30,11 +33,12 @@ def info_of_all(servers: Servers, patience: Patience) -> ServerInfo:
     for node in masters:
         fields = {}
         for answer in servers.ask_at(node, _INFO, patience, len(_INFO)):
-            if not isinstance(answer, bytes):
+            if isinstance(answer, bytes):
+                fields |= _fields(answer.decode(errors="replace"))
+            elif not (isinstance(answer, ServerError) and answer.code == "NOPERM"):
                 raise SurpriseError(said(answer))
-            fields |= _fields(answer.decode(errors="replace"))
-        used += int(fields.get("used_memory", 0))
-        limit += int(fields.get("maxmemory", 0))
+        used += _number(fields, "used_memory")
+        limit += _number(fields, "maxmemory")
     program, version = _program(fields)
     return ServerInfo(program, version, used, limit, len(masters))
 
@@ -44,8 +48,14 @@ def _fields(text: str) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
+def _number(fields: dict[str, str], name: str) -> int:
+    text = fields.get(name, "").strip()
+    return int(text) if text.isdigit() and len(text) < 20 else 0
+
+
 def _program(fields: dict[str, str]) -> tuple[str, str]:
     for program in ("dragonfly", "valkey"):
         if version := fields.get(f"{program}_version"):
             return program, version
-    return "redis", fields.get("redis_version", "unknown")
+    version = fields.get("redis_version", "")
+    return ("redis", version) if version else ("unknown", "unknown")

@@ -71,6 +71,8 @@ class Servers:
 
     def ask(self, commands: list[Command], patience: Patience, at_once: int) -> Answers:
         """Ask each at the server that has its key. Raises `FaultError` where it is not even known which that is."""
+        if not commands:
+            return Answers([])
         parts = _by_owner(commands, self.topology(patience))
         answers = Answers([UNANSWERED] * len(commands), asked=len(parts))
         self._round(parts, answers, patience, at_once)
@@ -79,7 +81,9 @@ class Servers:
         ]
         if moved:
             self._outdated = True
-            self._round(self._followed(moved, commands, answers), answers, patience, at_once)
+            followed = self._followed(moved, commands, answers)
+            answers.asked += len(followed)
+            self._round(followed, answers, patience, at_once)
         return answers
 
     def ask_at(self, node: Node | None, commands: list[Command], patience: Patience, at_once: int) -> list[Answer]:
@@ -92,15 +96,13 @@ class Servers:
 
     def topology(self, patience: Patience) -> Topology:
         """What is known of the cluster; asked for first, and when it turned out to be outdated. Raises `FaultError`."""
-        known = self._topology
-        due = self._outdated and time.monotonic() >= self._asked_at_s + PAUSE_S
-        if known is not None and not due:
-            return known
+        if not self._must_learn():
+            return self._topology or Topology()
         if not self._asking_topology.acquire(timeout=patience.left_s):
             raise StalledError("the cluster does not say what it looks like")
         try:
-            if self._topology is known:
-                self._learn(known or Topology(), patience)
+            if self._must_learn():
+                self._learn(self._topology, patience)
             return self._topology or Topology()
         finally:
             self._asking_topology.release()
@@ -164,6 +166,10 @@ class Servers:
 
     def _failed(self, node: Node | None, fault: str, answers: Answers) -> None:
         answers.faults.append(fault)
+        self._pause(node, fault)
+
+    def _pause(self, node: Node | None, fault: str) -> None:
+        """Let a node of a cluster alone for a while; the address itself is for others to let alone."""
         if node is not None:
             self._outdated = True
             with self._lock:
@@ -186,21 +192,31 @@ class Servers:
 
     # --- the cluster -------------------------------------------------------------------------------------------------
 
-    def _learn(self, known: Topology, patience: Patience) -> None:
-        """Ask the address what the cluster looks like; if it is away, the nodes that were known."""
+    def _must_learn(self) -> bool:
+        return self._topology is None or (self._outdated and time.monotonic() >= self._asked_at_s + PAUSE_S)
+
+    def _learn(self, known: Topology | None, patience: Patience) -> None:
+        """Ask the nodes that are known, then the address, what the cluster looks like.
+
+        Raises `FaultError` where nobody says and nothing was known before, or where that took all patience.
+        """
         self._asked_at_s = time.monotonic()
         self._outdated = False
         failed: FaultError | None = None
-        for node in dict.fromkeys((None, *known.masters)):
+        for node in dict.fromkeys((*(known or Topology()).masters, None)):
             try:
+                self._check_pause(node)
                 self._topology = self._asked_topology(node, patience)
             except FaultError as fault:
-                failed = failed or fault
+                failed = fault
+                self._pause(node, str(fault))
+                if isinstance(fault, StalledError):
+                    break
             else:
                 return self._forget_others(self._topology)
-        if failed is not None and self._topology is None:
-            raise failed
         self._outdated = True
+        if failed is not None and (known is None or isinstance(failed, StalledError)):
+            raise failed
         return None
 
     def _asked_topology(self, node: Node | None, patience: Patience) -> Topology:
@@ -210,17 +226,20 @@ class Servers:
             [answer] = conversation.answers
         finally:
             conversation.close()
-        if fault and not (isinstance(answer, ServerError) and answer.code == "NOPERM"):
+        if fault:
             raise RefusedError(fault)
         return topology_of(answer, conversation.host)
 
     def _forget_others(self, topology: Topology) -> None:
-        """Close the connections to nodes that are no masters any more."""
+        """Let go of nodes that are no masters any more."""
+        kept = {None, *topology.masters}
         with self._lock:
-            gone = [node for node in self._pools if node is not None and node not in topology.masters]
-            pools = [self._pools.pop(node) for node in gone]
-        for pool in pools:
-            pool.close()
+            gone = [self._pools.pop(node) for node in list(self._pools) if node not in kept]
+            for node in list(self._paused):
+                if node not in kept:
+                    del self._paused[node]
+        for pool in gone:
+            pool.retire()
 
 
 def _by_owner(commands: list[Command], topology: Topology) -> list[_Part]:

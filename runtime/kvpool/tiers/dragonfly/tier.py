@@ -41,7 +41,9 @@ class DragonflyTier:
     """Holds sealed records; implements `KeyedTier`. `ttl_s`, `batch_size` and `budget_s` may be changed at any time.
 
     `address` is called for each new connection, from any thread. `tls`: also where the url does not say `rediss`.
-    A block is kept longer in every codec that this tier was ever asked for or given.
+    A block is kept longer in every codec that this tier was ever asked for or given. Where a user may read and not
+    write, records come and are not kept longer. In a cluster, what lies on a node that fails is absent, or not done;
+    the others are used.
     """
 
     name = TierName.DRAGONFLY
@@ -103,7 +105,11 @@ class DragonflyTier:
         self._know(codecs)
         names = Names(tree)
         kept = [names.of(key, codec) for key in keys for codec in codecs]
-        _check(self._ask([], kept, self._patience()))
+        patience = self._patience()
+        answers = self._answers(self._keeps(kept), patience)
+        if self._knows_no_gt(answers.each):
+            answers = self._answers(self._keeps(kept), patience)
+        _check(answers)
 
     def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
         """As `KeyedTier` says."""
@@ -135,7 +141,7 @@ class DragonflyTier:
             return info_of_all(self._servers, self._patience())
 
     def usage(self) -> Usage:
-        """As `KeyedTier` says: all of the server's memory, whoever it is used for."""
+        """As `KeyedTier` says: all of the server's memory, whoever it is used for; zeros where we may not know."""
         info = self.info()
         return Usage(info.used_bytes, info.max_bytes)
 
@@ -165,18 +171,28 @@ class DragonflyTier:
         return answers.each
 
     def _ask(self, requests: list[Command], kept: Sequence[bytes], patience: Patience) -> Answers:
-        """Ask, then keep `kept` as if written now, the last of them first; the answers to the requests."""
-        ttl_ms = self._ttl_ms
-        keeps = [self._keep(name, ttl_ms) for name in reversed(kept)]
-        with _faults_are_outages():
-            answers = self._servers.ask(requests + keeps, patience, self.batch_size)
-        to_keeps = answers.each[len(requests) :]
+        """Ask, then keep `kept` as if written now; the answers to the requests."""
+        answers = self._answers(requests + self._keeps(kept), patience)
+        if self._knows_no_gt(answers.each[len(requests) :]):
+            self._answers(self._keeps(kept), patience)
         del answers.each[len(requests) :]
-        if self._keep is commands.keep_longer and any(map(_is_unknown, to_keeps)):
-            self._keep = commands.keep
-            with _faults_are_outages():
-                self._servers.ask([self._keep(name, ttl_ms) for name in reversed(kept)], patience, self.batch_size)
         return answers
+
+    def _answers(self, requests: list[Command], patience: Patience) -> Answers:
+        with _faults_are_outages():
+            return self._servers.ask(requests, patience, self.batch_size)
+
+    def _keeps(self, kept: Sequence[bytes]) -> list[Command]:
+        """What keeps these records as if written now, the last of them first."""
+        ttl_ms = self._ttl_ms
+        return [self._keep(name, ttl_ms) for name in reversed(kept)]
+
+    def _knows_no_gt(self, answers: Sequence[Answer]) -> bool:
+        """Whether a server that was to keep something longer does not know how; from now on it is asked otherwise."""
+        if self._keep is commands.keep or not any(isinstance(a, ServerError) and a.code == "ERR" for a in answers):
+            return False
+        self._keep = commands.keep
+        return True
 
     def _sweep(self, pattern: bytes, is_doomed: Callable[[Parts], bool]) -> int:
         with _faults_are_outages():
@@ -206,11 +222,6 @@ def _first(key: BlockKey, lengths: Sequence[tuple[int, Answer]]) -> Found | None
         if isinstance(length, int) and MIN_RECORD_BYTES <= length <= MAX_RECORD_BYTES and not length % PAGE_BYTES:
             return Found(key, codec, length)
     return None
-
-
-def _is_unknown(answer: Answer) -> bool:
-    """Whether a server does not know a command, or not this form of it."""
-    return isinstance(answer, ServerError) and answer.code == "ERR"
 
 
 def _refusal(answers: Answers) -> str:

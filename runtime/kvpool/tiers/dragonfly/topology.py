@@ -12,6 +12,7 @@ ASK_FOR_SLOTS = plain(b"", b"CLUSTER", b"SLOTS")
 ASKING = plain(b"", b"ASKING")
 """Goes before a request that an `ASK` sent us to a node with."""
 MAX_NODES = 1000
+_PORTS = range(1, 1 << 16)
 
 
 class Topology(NamedTuple):
@@ -43,7 +44,7 @@ def topology_of(answer: Answer, host: str) -> Topology:
     by_slot = [0] * REDIS_CLUSTER_HASH_SLOTS
     for row in answer:
         match row:
-            case [int(first), int(last), [name, int(port), *_], *_]:
+            case [int(first), int(last), [name, int(port), *_], *_] if port in _PORTS:
                 named = name.decode(errors="replace") if isinstance(name, bytes) else ""
                 node = Node(named or host, port)
                 index = masters.setdefault(node, len(masters))
@@ -57,4 +58,5 @@ def topology_of(answer: Answer, host: str) -> Topology:
 def elsewhere(answer: ServerError) -> Node | None:
     """The node that a `MOVED` or an `ASK` names; None where it names none."""
     host, _, port = answer.text.split(" ")[-1].rpartition(":")
-    return Node(host, int(port)) if host and port.isdigit() else None
+    is_port = port.isdigit() and len(port) <= len(str(_PORTS.stop)) and int(port) in _PORTS
+    return Node(host, int(port)) if host and is_port else None
