@@ -91,7 +91,7 @@ def test_what_a_caller_says_is_no_sql(catalog: Database) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(times=st.lists(st.integers(0, 3), max_size=12), limit=st.integers(1, 5), one_tenant=st.booleans())
 def test_pages_joined_are_the_whole(catalog: Database, times: list[int], limit: int, one_tenant: bool) -> None:
-    catalog.sql("truncate kvpool.models cascade")
+    catalog.sql("truncate kvpool.models, kvpool.blocks cascade")
     catalog.write(SEEN)
     for number, at in enumerate(times):
         tree = tree_of(tenant=TENANT if one_tenant or number % 2 else OTHER_TENANT)

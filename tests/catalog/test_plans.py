@@ -11,17 +11,20 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.abc import Params, Query
+from psycopg.abc import Params
 
 import kvpool.catalog
 from kvpool.catalog import erasing, find, metadata, storing, trail, trimming
 from kvpool.catalog.find import Cursor, Filters
 from kvpool.catalog.rows import (
     Batch,
+    ModelForgotten,
     Op,
     PricesSet,
     SharedPrefixRow,
     SharedReport,
+    TenantErased,
+    TiersCleared,
     UsageReport,
 )
 from kvpool.catalog.statement import Statement
@@ -60,7 +63,7 @@ class Recorder(psycopg.Connection[tuple[Any, ...]]):
     plans: dict[bytes, list[str]]
 
     def execute(
-        self, query: Query, params: Params | None = None, *, prepare: bool | None = None, binary: bool = False
+        self, query: Any, params: Params | None = None, *, prepare: bool | None = None, binary: bool = False
     ) -> psycopg.Cursor[tuple[Any, ...]]:
         if isinstance(query, Statement):
             explain = super().execute(b"explain (costs off) " + bytes(query), params)
@@ -164,9 +167,10 @@ def _trim(recorder: Recorder) -> None:
 
 
 def _erase(recorder: Recorder) -> None:
-    erasing.clear_tiers(recorder, NODE, [TierName.RAM], "restarted", NOW_S)
-    erasing.erase_tenant(recorder, OTHER_TENANT, 1)
-    erasing.forget_model(recorder, MODEL)
+    for op in (TiersCleared((TierName.RAM,), "restarted", NOW_S), TenantErased(OTHER_TENANT, 1), ModelForgotten(MODEL)):
+        assert erasing.write_alone(recorder, NODE, op, passes=1_000)
+    while trimming.forget_node(recorder, 0.0):
+        continue
 
 
 def _views(recorder: Recorder) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -210,7 +211,7 @@ _STEPS = st.lists(
 def test_the_locations_are_what_was_stored_and_not_removed_and_the_sums_agree(
     catalog: Database, batches: list[list[Op]]
 ) -> None:
-    catalog.sql("truncate kvpool.models, kvpool.evictions, kvpool.holdings cascade")
+    catalog.sql("truncate kvpool.models, kvpool.blocks, kvpool.evictions, kvpool.holdings cascade")
     model: set[tuple[bytes, str, UUID, int]] = set()
     for ops in batches:
         catalog.write(SEEN, *ops)
@@ -278,3 +279,44 @@ def test_a_tenant_of_another_model_is_another_row_of_use(catalog: Database) -> N
     report = UsageReport(MODEL, TENANT, 1, 1, (0, 0, 0, 0, 0), 1, 1.0, NOW_S)
     catalog.write(SEEN, report, report._replace(tenant=OTHER_TENANT))
     assert catalog.count("usage") == 2
+
+
+# --- blocks refer to their models, though not by a foreign key of the database's own ----------------------------------
+
+_BLOCK = """insert into kvpool.blocks (key, fingerprint, tenant, epoch, parent, depth, tokens, created_at, last_used_at)
+            values (%s, %s, %s, 0, %s, 0, 16, now(), now())"""
+
+
+def _insert_block(connection: psycopg.Connection[tuple[Any, ...]], number: int) -> None:
+    connection.execute(_BLOCK, (key(number), MODEL, TENANT, key(-1)))
+
+
+def test_a_block_of_a_model_that_is_not_there_is_refused(catalog: Database) -> None:
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        _insert_block(catalog.connection, 1)
+    assert catalog.count("blocks") == 0
+
+
+def test_a_model_cannot_go_while_blocks_of_it_come_and_takes_those_along(catalog: Database) -> None:
+    catalog.write(SEEN)
+    with ThreadPoolExecutor(1) as threads, bare(catalog.folder) as other:
+        with catalog.connection.transaction():
+            _insert_block(catalog.connection, 1)
+            deleting = threads.submit(other.execute, "delete from kvpool.models where fingerprint = %s", (MODEL,))
+            with pytest.raises(TimeoutError):
+                deleting.result(0.3)
+        deleting.result(20)
+    assert catalog.count("blocks") == 0
+
+
+def test_blocks_cannot_come_while_their_model_goes(catalog: Database) -> None:
+    catalog.write(SEEN)
+    with ThreadPoolExecutor(1) as threads, bare(catalog.folder) as other:
+        with catalog.connection.transaction():
+            catalog.sql("delete from kvpool.models where fingerprint = %s", MODEL)
+            inserting = threads.submit(_insert_block, other, 1)
+            with pytest.raises(TimeoutError):
+                inserting.result(0.3)
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            inserting.result(20)
+    assert catalog.count("blocks") == 0

@@ -103,6 +103,37 @@ def test_what_is_written_alone_comes_after_what_was_reported_before(catalog: Dat
     assert [catalog.count(table) for table in ("models", "blocks", "locations")] == [0, 0, 0]
 
 
+def test_a_long_removal_lets_what_is_reported_meanwhile_wait_in_the_journal(catalog: Database, tmp_path: Path) -> None:
+    """Less memory than what comes meanwhile takes: it is not lost, and comes after the removal."""
+    count = 40_000
+    with writing(catalog.folder, tmp_path / "journal", memory_bytes=300_000, budget_s=PATIENCE_S) as writer:
+        writer.offer(SEEN)
+        for start in range(0, count, 1_000):
+            writer.offer(stored(range(start, start + 1_000)))
+            eventually(lambda: writer.stats().waiting_bytes < 100_000, "it keeps up", PATIENCE_S)
+        assert writer.flush(PATIENCE_S)
+        writer.offer(TiersCleared((TierName.RAM,), "restarted", 1.0))
+        for start in range(count, 2 * count, 1_000):
+            writer.offer(stored(range(start, start + 1_000)))
+            eventually(lambda: writer.stats().waiting_bytes < 100_000, "the journal takes it", PATIENCE_S)
+        assert writer.flush(PATIENCE_S)
+        assert writer.stats().dropped_rows == {}
+    assert {row[0] for row in catalog.locations()} == {key(number) for number in range(count, 2 * count)}
+
+
+def test_a_report_longer_than_a_batch_is_written_in_parts(catalog: Database) -> None:
+    with writing(catalog.folder, budget_s=PATIENCE_S) as writer:
+        writer.offer(SEEN)
+        writer.offer(stored(range(10_000)))
+        writer.offer(removed(range(5_000)))
+        assert writer.flush(PATIENCE_S)
+        assert writer.stats().written_batches >= 3
+    assert catalog.sql("select count(*), min(depth), max(depth) from kvpool.blocks") == [(10_000, 0, 9_999)]
+    chained = "select count(*) from kvpool.blocks b join kvpool.blocks above on b.parent = above.key"
+    assert catalog.value(chained + " where b.depth = above.depth + 1") == 9_999
+    assert catalog.count("locations") == 5_000
+
+
 def test_a_report_that_the_database_refuses_takes_no_other_with_it(
     catalog: Database, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from kvpool.blocks.identity import Fingerprint
 from kvpool.catalog.rows import (
@@ -17,6 +18,7 @@ from kvpool.catalog.rows import (
     UsageReport,
     held_bytes,
     row_count,
+    split,
 )
 
 BATCH_ROWS = 4_096
@@ -35,6 +37,7 @@ class Backlog:
         self._ops: deque[Op] = deque()
         self._models: dict[Fingerprint, ModelSeen] = {}
         self._closed = False
+        self._hurried = 0
         self.nbytes = 0
         self.rows = 0
         self.dropped_rows = 0
@@ -65,7 +68,7 @@ class Backlog:
             if not self._ops and not self._closed:
                 self._filled.wait(seconds)
             until = time.monotonic() + linger_s
-            while self._ops and self.rows < BATCH_ROWS and not self._closed:
+            while self._ops and self.rows < BATCH_ROWS and not self._closed and not self._hurried:
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     break
@@ -82,9 +85,24 @@ class Backlog:
             ops: list[Op] = []
             rows = 0
             while self._ops and rows < BATCH_ROWS and len(ops) < BATCH_OPS and not isinstance(self._ops[0], Alone):
-                ops.append(self._pop())
-                rows += row_count(ops[-1])
+                op, rest = split(self._pop(), BATCH_ROWS)
+                if rest is not None:
+                    self._push_front(rest)
+                ops.append(op)
+                rows += row_count(op)
             return (*self._models_of(ops), *ops)
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Nothing lingers meanwhile: somebody waits for what is there."""
+        with self._lock:
+            self._hurried += 1
+            self._filled.notify_all()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hurried -= 1
 
     def close(self) -> None:
         """Wake who waits, now and from now on."""
@@ -97,6 +115,11 @@ class Backlog:
         self.nbytes -= held_bytes(op)
         self.rows -= row_count(op)
         return op
+
+    def _push_front(self, op: Op) -> None:
+        self._ops.appendleft(op)
+        self.nbytes += held_bytes(op)
+        self.rows += row_count(op)
 
     def _remember(self, op: ModelSeen) -> None:
         self._models.pop(op.fingerprint, None)

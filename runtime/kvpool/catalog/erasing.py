@@ -1,10 +1,10 @@
 """Takes the rows of a tenant, a model or a node out of the catalog: a few thousand at a time, each in a transaction.
 
-Each pass may be repeated, so may the whole, and it ends when a pass has found nothing. Nothing is left of a block that
-goes: not its locations, and not its trail.
+Each pass may be repeated, so may the whole, and it ends when a pass has found nothing; between passes others get their
+turn. Nothing is left of a block that goes: not its locations, and not its trail.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -72,48 +72,28 @@ _CLEAR = Statement("""
 """)
 
 
-def write_alone(connection: Connection, node: UUID, op: Alone) -> None:
-    """Do what a report of this kind says, to the end. In transactions of its own."""
+def write_alone(connection: Connection, node: UUID, op: Alone, *, passes: int) -> bool:
+    """Do what a report of this kind says, as far as so many passes get; whether that was all of it."""
     match op:
         case TenantErased():
-            erase_tenant(connection, op.tenant, op.epoch)
+            removed = _Removal(connection, passes)
+            return removed.by(_of_tenant(connection, op.tenant, op.epoch)) and _last_of_tenant(connection, op)
         case ModelForgotten():
-            forget_model(connection, op.fingerprint)
+            removed = _Removal(connection, passes)
+            return removed.by(_of_model(connection, op.fingerprint)) and _last_of_model(connection, op)
         case TiersCleared():
-            clear_tiers(connection, node, op.tiers, op.reason, op.at_s)
+            return clear_tiers(connection, node, op.tiers, op.reason, op.at_s, passes=passes)
 
 
-def erase_tenant(connection: Connection, tenant: TenantDigest, before_epoch: int) -> int:
-    """Remove all rows of a tenant's epochs before this one; how many blocks and prompts those were.
+def clear_tiers(
+    connection: Connection, node: UUID, tiers: Sequence[TierName], reason: str, at_s: float, *, passes: int
+) -> bool:
+    """Remove what a node holds in these tiers, as far as so many passes get; whether that was all.
 
-    `hold_epochs` has seen to it that none comes after the epoch was raised.
+    The trail says why.
     """
-    removed = 0
-    for (fingerprint,) in connection.execute(_MODELS).fetchall():
-        of_tenant = {"fingerprint": fingerprint, "tenant": tenant, "epoch": before_epoch, "rows": PASS_ROWS}
-        removed += _repeat(connection, partial(_remove_blocks, connection, _TENANTS_BLOCKS, of_tenant))
-        removed += _repeat(connection, partial(_remove, connection, _TENANTS_PROMPTS, of_tenant))
-    with connection.transaction():
-        connection.execute(_TENANTS_SHARED, {"tenant": tenant, "epoch": before_epoch})
-        connection.execute(_TENANTS_USAGE, {"tenant": tenant})
-    return removed
-
-
-def forget_model(connection: Connection, fingerprint: Fingerprint) -> int:
-    """Remove all rows of a model; how many blocks and prompts those were."""
-    of_model = {"fingerprint": fingerprint, "rows": PASS_ROWS}
-    removed = _repeat(connection, partial(_remove_blocks, connection, _MODELS_BLOCKS, of_model))
-    removed += _repeat(connection, partial(_remove, connection, _MODELS_PROMPTS, of_model))
-    with connection.transaction():
-        connection.execute(_FORGET_MODEL, of_model)
-        connection.execute(_MODELS_HOLDINGS, of_model)
-    return removed
-
-
-def clear_tiers(connection: Connection, node: UUID, tiers: Sequence[TierName], reason: str, at_s: float) -> int:
-    """Remove what a node holds in these tiers; how many copies those were. The trail says why."""
     of_node = {"node": node, "tiers": [tier.value for tier in tiers], "reason": reason, "at": at_s, "rows": PASS_ROWS}
-    return _repeat(connection, partial(_remove, connection, _CLEAR, of_node))
+    return _Removal(connection, passes).by([partial(_remove, connection, _CLEAR, of_node)])
 
 
 def remove_blocks(connection: Connection, keys: Sequence[bytes]) -> int:
@@ -126,21 +106,59 @@ def remove_blocks(connection: Connection, keys: Sequence[bytes]) -> int:
     return connection.execute(_DELETE_BLOCKS, these).rowcount
 
 
+class _Removal:
+    """Passes in transactions of their own, until there is nothing more, or as many as were asked for."""
+
+    def __init__(self, connection: Connection, passes: int) -> None:
+        self._connection = connection
+        self._left = passes
+
+    def by(self, steps: Iterable[Callable[[], int]]) -> bool:
+        """Repeat each step until it has found nothing; whether all did. One that finds nothing counts for no pass."""
+        for step in steps:
+            while self._once(step):
+                self._left -= 1
+                if self._left <= 0:
+                    return False
+        return True
+
+    def _once(self, step: Callable[[], int]) -> int:
+        with self._connection.transaction():
+            self._connection.execute(LOOK_UP)
+            return step()
+
+
+def _of_tenant(connection: Connection, tenant: TenantDigest, before_epoch: int) -> Iterator[Callable[[], int]]:
+    """What removes blocks and prompts. `hold_epochs` has seen to it that none comes after the epoch was raised."""
+    for (fingerprint,) in connection.execute(_MODELS).fetchall():
+        of_tenant = {"fingerprint": fingerprint, "tenant": tenant, "epoch": before_epoch, "rows": PASS_ROWS}
+        yield partial(_remove_blocks, connection, _TENANTS_BLOCKS, of_tenant)
+        yield partial(_remove, connection, _TENANTS_PROMPTS, of_tenant)
+
+
+def _last_of_tenant(connection: Connection, op: TenantErased) -> bool:
+    with connection.transaction():
+        connection.execute(_TENANTS_SHARED, {"tenant": op.tenant, "epoch": op.epoch})
+        connection.execute(_TENANTS_USAGE, {"tenant": op.tenant})
+    return True
+
+
+def _of_model(connection: Connection, fingerprint: Fingerprint) -> Iterator[Callable[[], int]]:
+    of_model = {"fingerprint": fingerprint, "rows": PASS_ROWS}
+    yield partial(_remove_blocks, connection, _MODELS_BLOCKS, of_model)
+    yield partial(_remove, connection, _MODELS_PROMPTS, of_model)
+
+
+def _last_of_model(connection: Connection, op: ModelForgotten) -> bool:
+    with connection.transaction():
+        connection.execute(_FORGET_MODEL, {"fingerprint": op.fingerprint})
+        connection.execute(_MODELS_HOLDINGS, {"fingerprint": op.fingerprint})
+    return True
+
+
 def _remove_blocks(connection: Connection, which: Statement, parameters: dict[str, Any]) -> int:
     return remove_blocks(connection, [key for (key,) in connection.execute(which, parameters).fetchall()])
 
 
 def _remove(connection: Connection, statement: Statement, parameters: dict[str, Any]) -> int:
     return connection.execute(statement, parameters).rowcount
-
-
-def _repeat(connection: Connection, one_pass: Callable[[], int]) -> int:
-    """Passes until one has found nothing; what they removed together."""
-    removed = 0
-    while True:
-        with connection.transaction():
-            connection.execute(LOOK_UP)
-            count = one_pass()
-        if not count:
-            return removed
-        removed += count

@@ -68,6 +68,9 @@ class Journal:
         self._next_number = 0
         self.dropped_rows = 0
         """Rows that the limit cost."""
+        self._told_rows = 0
+        self.left_files = False
+        """A file could not be removed: what was taken from it comes back in the next process."""
         self.damaged_bytes = 0
         """Bytes that could not be read as entries."""
 
@@ -162,7 +165,9 @@ class Journal:
             rows = self._segments[0].rows
             self._remove_first()
             self.dropped_rows += rows
-            _log.warning("the journal is full: its oldest %d rows are dropped", rows)
+            if self.dropped_rows >= 2 * self._told_rows:  # not for every file
+                self._told_rows = self.dropped_rows
+                _log.warning("the journal is full: its oldest rows are dropped, %d so far", self.dropped_rows)
 
     def _remove_first(self) -> None:
         if len(self._segments) == 1:
@@ -171,7 +176,8 @@ class Journal:
         self._reading = None
         try:
             path.unlink(missing_ok=True)
-        except OSError as error:  # the next process finds it again, and its batches are not written twice
+        except OSError as error:
+            self.left_files = True
             _log.warning("%s cannot be removed: %s", path, error)
 
     def _begin(self) -> int:

@@ -193,6 +193,20 @@ def row_count(op: Op) -> int:
             return 1
 
 
+def split(op: Op, most_rows: int) -> tuple[Op, Op | None]:
+    """The first so many rows of a report, and the rest of it, if there is one and it can be told apart."""
+    at = most_rows * KEY_BYTES
+    match op:
+        case BlocksStored() if len(op.keys) > at:
+            parent = BlockKey(op.keys[at - KEY_BYTES : at])
+            rest = op._replace(keys=op.keys[at:], parent=parent, depth=op.depth + most_rows)
+            return op._replace(keys=op.keys[:at]), rest
+        case BlocksUsed() | BlocksRemoved() if len(op.keys) > at:
+            return op._replace(keys=op.keys[:at]), op._replace(keys=op.keys[at:])
+        case _:
+            return op, None
+
+
 def held_bytes(op: Op) -> int:
     """About what a report takes in memory; at once."""
     match op:

@@ -19,7 +19,7 @@ _LOCATE = Statement("""
     from kvpool.locations where key = any(%(keys)b::bytea[]) order by key, since
 """)
 
-_LOCATE_ONE = Statement("""
+LOCATE_ONE = Statement("""
     select key, tier, node, codec, nbytes, extract(epoch from since)::float8
     from kvpool.locations where key = %(key)b order by since
 """)
@@ -58,7 +58,7 @@ def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey
     """Where these blocks lie, each one's oldest copy first; no entry where it lies nowhere, as far as is known."""
     found: dict[BlockKey, list[Location]] = {}
     if len(keys) == 1:
-        rows = connection.execute(_LOCATE_ONE, {"key": keys[0]}, binary=True)
+        rows = connection.execute(LOCATE_ONE, {"key": keys[0]}, binary=True)
     else:
         rows = connection.execute(_LOCATE, {"keys": list(keys)}, binary=True)
     for key, tier, node, codec, nbytes, since_s in rows.fetchall():

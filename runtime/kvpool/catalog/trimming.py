@@ -199,8 +199,8 @@ def forget_node(connection: Connection, age_s: float) -> bool:
         return False
     node: UUID = row[0]
     now = connection.execute("select extract(epoch from now())::float8").fetchone()
-    clear_tiers(connection, node, tuple(TierName), "node-gone", now[0] if now else 0.0)
-    connection.execute(_FORGET_NODE, {"node": node})
+    if clear_tiers(connection, node, tuple(TierName), "node-gone", now[0] if now else 0.0, passes=1):
+        connection.execute(_FORGET_NODE, {"node": node})
     return True
 
 

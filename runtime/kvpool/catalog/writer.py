@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -34,6 +35,8 @@ from kvpool.tiers.tier import TierUnavailableError
 Connection: TypeAlias = psycopg.Connection[Any]
 
 ATTEMPTS = 4
+PASSES = 4
+"""Of a removal, between two looks at what else is to be done."""
 _log = logging.getLogger(__name__)
 
 
@@ -70,6 +73,15 @@ class WriterStats(NamedTuple):
     last_error: str
 
 
+class _Outcome(Enum):
+    """What became of a batch that was to be written."""
+
+    DONE = "done"
+    REPEATED = "written before"
+    BEGUN = "begun, and to be gone on with"
+    AWAY = "the database is away"
+
+
 class CatalogWriter:
     """Takes reports from any thread, and writes them on its own, from `start` on.
 
@@ -103,7 +115,10 @@ class CatalogWriter:
         self._pending: Batch | None = None
         """Taken, and neither written nor in the journal."""
         self._sequence = 0
+        self._refused_rows = 0
+        """Of the batch that is being written."""
         self._forgot_sessions = False
+        self._journal_is_sound = True
         self._chores = chores(keep or CatalogLimits())
         self._chore = 0
         self._next_chores_s = clock() + self._limits.chores_s * random.random()  # noqa: S311 - nodes take turns
@@ -117,6 +132,8 @@ class CatalogWriter:
         self._written_rows = self._written_batches = self._replayed_batches = self._repeated_batches = 0
         self._dropped: Counter[str] = Counter()
         self._last_error = ""
+        self._told_error = ""
+        """What was logged last, until it was over."""
         self._journal_rows = self._journal_bytes = 0
         self._thread = threading.Thread(target=self._run, name="kvpool-catalog", daemon=True)
 
@@ -131,7 +148,7 @@ class CatalogWriter:
     def flush(self, deadline_s: float) -> bool:
         """Wait until all that was reported is in the database; False at the deadline."""
         until = time.monotonic() + deadline_s
-        with self._settled:
+        with self._backlog.hurried(), self._settled:
             while not self._is_settled:
                 left_s = until - time.monotonic()
                 if left_s <= 0 or not self._thread.is_alive():
@@ -192,6 +209,7 @@ class CatalogWriter:
             except OSError as error:
                 _log.warning("the journal cannot be used, so nothing is kept while the database is away: %s", error)
                 self._journal = None
+                self._journal_is_sound = False
         self._is_open = True
         self._note_journal()
 
@@ -221,14 +239,23 @@ class CatalogWriter:
                 self._pending = Batch(self.session, self._sequence, ops)
 
     def _place(self) -> bool:
-        """Get rid of the batch that is pending, to the database or behind what waits in the journal."""
-        assert self._pending is not None
-        if (not self._has_journal and self._attempt(self._pending)) or self._keep(self._pending):
+        """Get on with the batch that is pending: to the database, or behind what waits in the journal.
+
+        What may take long goes by way of the journal, so that what comes meanwhile can wait there too.
+        """
+        batch = self._pending
+        assert batch is not None
+        placed = (self._has_journal or isinstance(batch.ops[0], Alone)) and self._keep(batch)
+        if not placed and not self._has_journal:
+            outcome = self._attempt(batch)
+            if outcome is _Outcome.BEGUN:
+                return True
+            placed = outcome is _Outcome.DONE or self._keep(batch)
+        if placed:
             with self._settled:
                 self._pending = None
                 self._settled.notify_all()
-            return True
-        return False
+        return placed
 
     def _keep(self, batch: Batch) -> bool:
         """Put a batch into the journal; False where the disk does not take it now."""
@@ -243,7 +270,7 @@ class CatalogWriter:
         return True
 
     def _replay(self) -> bool:
-        """Write the oldest batch of the journal; False where the database does not take it now."""
+        """Get on with the oldest batch of the journal; False where the database does not take it now."""
         assert self._journal is not None
         entry = self._journal.first()
         if entry is not None:
@@ -253,8 +280,9 @@ class CatalogWriter:
                 self._count_dropped("unreadable", entry.rows)
                 _log.warning("%d rows of the journal are dropped: %s", entry.rows, error)
             else:
-                if not self._attempt(batch):
-                    return False
+                outcome = self._attempt(batch)
+                if outcome is not _Outcome.DONE:
+                    return outcome is _Outcome.BEGUN
                 self._replayed_batches += 1
             self._journal.take()
         self._note_journal()
@@ -266,32 +294,37 @@ class CatalogWriter:
             self._journal_rows, self._journal_bytes = (0, 0) if journal is None else (journal.rows, journal.nbytes)
             self._settled.notify_all()
 
-    def _attempt(self, batch: Batch) -> bool:
-        """Write a batch; False where the database is away. One that it will never take is dropped, and counted."""
-        if not self._breaker.allows():
-            return False
+    def _attempt(self, batch: Batch) -> _Outcome:
+        """Write a batch, or some of what it says. One that the database will never take is dropped, and counted."""
+        if self._is_late or not self._breaker.allows():
+            return _Outcome.AWAY
         began_s = self._clock()
         try:
             with self._connections.borrow(self._budget_s) as connection:
                 self._schema.ready(connection)
-                refused = self._write(connection, batch)
+                outcome = self._write(connection, batch)
         except TierUnavailableError as error:
             self._failed(error)
-            return False
-        except Exception:
-            self._breaker.succeeded(self._clock() - began_s)
+            return _Outcome.AWAY
+        except Exception:  # as in the loop: the reports that follow must not suffer
+            self._succeeded(began_s)
             _log.exception("writing to the catalog")
             self._count_dropped("error", _rows(batch))
-            return True
-        self._breaker.succeeded(self._clock() - began_s)
-        if refused is None:
-            self._repeated_batches += 1
-            return True
+            return _Outcome.DONE
+        self._succeeded(began_s)
+        if outcome is not _Outcome.DONE:
+            self._repeated_batches += outcome is _Outcome.REPEATED
+            return _Outcome.BEGUN if outcome is _Outcome.BEGUN else _Outcome.DONE
         with self._lock:
             self._written_batches += 1
-            self._written_rows += _rows(batch) - refused
-            self._dropped["refused"] += refused
-        return True
+            self._written_rows += _rows(batch) - self._refused_rows
+            self._dropped["refused"] += self._refused_rows
+        return _Outcome.DONE
+
+    @property
+    def _is_late(self) -> bool:
+        """Whether the time is over that there was for closing."""
+        return self._closing_until_s is not None and time.monotonic() > self._closing_until_s
 
     @property
     def _budget_s(self) -> float:
@@ -300,53 +333,63 @@ class CatalogWriter:
             budget_s = min(budget_s, max(0.1, self._closing_until_s - time.monotonic()))
         return budget_s
 
-    def _write(self, connection: Connection, batch: Batch) -> int | None:
-        """Write a batch, once; how many rows the database refused, or None where it was written before."""
+    def _write(self, connection: Connection, batch: Batch) -> _Outcome:
+        """Write a batch, once."""
+        self._refused_rows = 0
         for attempt in range(ATTEMPTS):
             try:
-                return 0 if self._write_whole(connection, batch) else None
+                return self._write_whole(connection, batch)
             except (DeadlockDetected, SerializationFailure):
                 if attempt + 1 == ATTEMPTS:
                     raise
-            except ForeignKeyViolation:  # a block went between being found and being referred to
+            except ForeignKeyViolation:  # a block or model went between being found and being referred to
                 continue
-            except (psycopg.DataError, psycopg.IntegrityError):
-                break
-            except psycopg.ProgrammingError:
-                self._schema.doubt()
+            except psycopg.Error as error:
+                if _is_refusal(error):
+                    break
+                if isinstance(error, psycopg.ProgrammingError):
+                    self._schema.doubt()
                 raise
         return self._write_singly(connection, batch)
 
-    def _write_whole(self, connection: Connection, batch: Batch) -> bool:
+    def _write_whole(self, connection: Connection, batch: Batch) -> _Outcome:
         first = batch.ops[0]
         if isinstance(first, Alone):
             if storing.is_written(connection, self.node, batch):
-                return False
-            write_alone(connection, self.node, first)
-            return storing.claim(connection, self.node, batch)
+                return _Outcome.REPEATED
+            if not write_alone(connection, self.node, first, passes=PASSES):
+                return _Outcome.BEGUN
+            return _Outcome.DONE if storing.claim(connection, self.node, batch) else _Outcome.REPEATED
+        forgets = not self._forgot_sessions and self._may_forget_sessions
         with connection.transaction():
             if not storing.claim(connection, self.node, batch):
-                return False
+                return _Outcome.REPEATED
             storing.write(connection, self.node, batch.session, batch.ops)
-            if not self._forgot_sessions and not self._has_journal:
+            if forgets:
                 storing.forget_sessions(connection, self.node, but=self.session)
-        self._forgot_sessions = not self._has_journal
-        return True
+        self._forgot_sessions = self._forgot_sessions or forgets
+        return _Outcome.DONE
 
-    def _write_singly(self, connection: Connection, batch: Batch) -> int | None:
-        """Write the reports that the database takes; how many rows the others had."""
-        refused = 0
+    @property
+    def _may_forget_sessions(self) -> bool:
+        """Whether no batch of an earlier session can turn up any more."""
+        return self._journal_is_sound and not self._has_journal and not (self._journal and self._journal.left_files)
+
+    def _write_singly(self, connection: Connection, batch: Batch) -> _Outcome:
+        """Write the reports that the database takes, and count the rows of the others."""
         with connection.transaction():
             if not storing.claim(connection, self.node, batch):
-                return None
+                return _Outcome.REPEATED
             for op in batch.ops:
                 try:
                     with connection.transaction():
                         storing.write(connection, self.node, batch.session, [op])
-                except (psycopg.DataError, psycopg.IntegrityError) as error:
-                    refused += row_count(op)
+                except psycopg.Error as error:
+                    if not _is_refusal(error):
+                        raise
+                    self._refused_rows += row_count(op)
                     _log.warning("the catalog refuses a report of %s: %s", type(op).__name__, type(error).__name__)
-        return refused
+        return _Outcome.DONE
 
     def _do_chore(self) -> bool:
         """One pass of keeping the catalog within its bounds, when it is time; whether there is more to do."""
@@ -360,7 +403,7 @@ class CatalogWriter:
         except TierUnavailableError as error:
             self._failed(error)
             return False
-        self._breaker.succeeded(self._clock() - began_s)
+        self._succeeded(began_s)
         self._chore += not more
         if self._chore == len(self._chores):
             self._chore = 0
@@ -368,14 +411,21 @@ class CatalogWriter:
             return False
         return True
 
+    def _succeeded(self, began_s: float) -> None:
+        self._breaker.succeeded(self._clock() - began_s)
+        if self._told_error:
+            _log.info("the catalog is written again")
+            self._told_error = ""
+
     def _failed(self, error: TierUnavailableError) -> None:
         self._breaker.trip(error.reason)
         self._note_error(error.reason)
 
     def _note_error(self, reason: str) -> None:
         """Log a reason once, not every time that it is tried again."""
-        if reason != self._last_error:
+        if reason != self._told_error:
             _log.warning("the catalog is not written: %s", reason)
+            self._told_error = reason
         with self._lock:
             self._last_error = reason
 
@@ -404,6 +454,13 @@ class CatalogWriter:
                 self._give_up("error")
         if self._journal is not None:
             self._journal.close()
+
+
+def _is_refusal(error: psycopg.Error) -> bool:
+    """Whether the fault is in what was to be written, or cannot even be sent: then trying again is no use."""
+    if isinstance(error, psycopg.ProgrammingError):
+        return error.sqlstate is None
+    return isinstance(error, psycopg.DataError | psycopg.IntegrityError)
 
 
 def _rows(batch: Batch) -> int:

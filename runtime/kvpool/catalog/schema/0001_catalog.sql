@@ -1,5 +1,5 @@
--- The catalog: which models, blocks and prompts there are, and where the blocks lie. It is told by the nodes and believed
--- by nobody: a tier is asked, and the bytes are verified. Tenants appear as keyed digests, never by name.
+-- The catalog: which models, blocks and prompts there are, and where the blocks lie. It is told by the nodes and
+-- believed by nobody: a tier is asked, and the bytes are verified. Tenants appear as keyed digests, never by name.
 --
 -- A block's row lives as long as a location or an entry of the trail (evictions) names it; whoever removes a location
 -- writes such an entry.
@@ -23,9 +23,11 @@ create table kvpool.model_history (
     primary key (fingerprint, version)
 );
 
+-- That a block's model is there is a foreign key too, but of a statement's rows at once (check_models, below): thousands
+-- of rows come in together and refer to one or two models, and checking each costs a quarter of all that storing costs.
 create table kvpool.blocks (
     key bytea primary key check (octet_length(key) = 16),
-    fingerprint bytea not null references kvpool.models on delete cascade,
+    fingerprint bytea not null,
     tenant bytea not null check (octet_length(tenant) = 16),
     epoch bigint not null,
     parent bytea not null check (octet_length(parent) = 16),
@@ -151,6 +153,30 @@ create table kvpool.holdings (
     nbytes bigint not null
 );
 create index holdings_by_group on kvpool.holdings (fingerprint, tenant, tier, day);
+
+-- A reference from blocks to models, on delete cascade. Who adds blocks holds their models until the transaction ends;
+-- who deletes a model waits for that, and then finds the blocks.
+create function kvpool.check_models() returns trigger language plpgsql as $$
+begin
+    perform from kvpool.models where fingerprint in (select fingerprint from came) order by fingerprint for key share;
+    if exists (
+        select from came where not exists (select from kvpool.models m where m.fingerprint = came.fingerprint)
+    ) then
+        raise foreign_key_violation using message = 'a block''s model is not there', table = 'blocks';
+    end if;
+    return null;
+end $$;
+
+create function kvpool.remove_blocks_of_model() returns trigger language plpgsql as $$
+begin
+    delete from kvpool.blocks where fingerprint = old.fingerprint;
+    return null;
+end $$;
+
+create trigger check_models after insert on kvpool.blocks referencing new table as came
+    for each statement execute function kvpool.check_models();
+create trigger remove_blocks after delete on kvpool.models
+    for each row execute function kvpool.remove_blocks_of_model();
 
 create function kvpool.count_came() returns trigger language plpgsql as $$
 begin

@@ -1,10 +1,12 @@
 -- What people look at. Nothing here reads the large tables: sums are kept as things happen.
 
--- As check_epoch, for many tenants at once and without a word: takes part in their epochs until the transaction ends. What
--- is of an earlier one is left out by the statements that follow, which see every epoch raised before.
+-- As check_epoch, for many tenants at once and without a word: takes part in their epochs until the transaction ends.
+-- What is of an earlier one is left out by the statements that follow, which see every epoch raised before.
 create function kvpool.hold_epochs(of_tenants bytea[]) returns void language plpgsql as $$
+declare
+    everyone constant bytea := '\x00000000000000000000000000000000';
 begin
-    perform pg_advisory_xact_lock_shared(1803972719, hashtext(encode('\x00000000000000000000000000000000'::bytea, 'hex')));
+    perform pg_advisory_xact_lock_shared(1803972719, hashtext(encode(everyone, 'hex')));
     perform pg_advisory_xact_lock_shared(1803972719, lock)
     from (select distinct hashtext(encode(tenant, 'hex')) as lock from unnest(of_tenants) tenant order by 1) locks;
 end $$;
@@ -17,8 +19,8 @@ select m.name as model, m.revision, encode(h.tenant, 'hex') as tenant, h.tier,
 from kvpool.holdings h join kvpool.models m using (fingerprint)
 group by 1, 2, 3, 4, 5 having sum(h.blocks) <> 0;
 comment on view kvpool.held is
-    'What lies where: copies of blocks and their bytes as stored, per model, tenant, tier and age. A block that lies in two '
-    'tiers, or on two nodes, counts twice; one in a tier that all nodes share counts once';
+    'What lies where: copies of blocks and their bytes as stored, per model, tenant, tier and age. A block that lies in '
+    'two tiers, or on two nodes, counts twice; one in a tier that all nodes share counts once';
 comment on column kvpool.held.tenant is 'The keyed digest that stands for the tenant, in hexadecimal';
 comment on column kvpool.held.age is
     'Since the copy was written, in days of UTC: today, week (less than 7 days), month (less than 30), older';
@@ -45,8 +47,8 @@ select m.name as model, encode(u.tenant, 'hex') as tenant,
 from kvpool.usage u join kvpool.models m using (fingerprint)
 group by m.name, u.tenant;
 comment on view kvpool.saved is
-    'What the cache spared, per model and tenant, since the catalog began: blocks asked for, matched, and loaded from each '
-    'tier; tokens that need not be computed again, and the seconds of prefill that would have taken';
+    'What the cache spared, per model and tenant, since the catalog began: blocks asked for, matched, and loaded from '
+    'each tier; tokens that need not be computed again, and the seconds of prefill that would have taken';
 
 create view kvpool.cost as
 with price as (
@@ -60,18 +62,22 @@ with price as (
 ), saved as (
     select fingerprint, sum(saved_prefill_s) / 3600 as gpu_hours from kvpool.usage group by fingerprint
 )
-select m.name as model, m.revision, round(coalesce(ram_gib, 0), 3) as ram_gib, round(coalesce(ssd_gib, 0), 3) as ssd_gib,
-       coalesce(ram_gib, 0)::float8 * price.ram as ram_per_month, coalesce(ssd_gib, 0)::float8 * price.ssd as ssd_per_month,
+select m.name as model, m.revision,
+       round(coalesce(ram_gib, 0), 3) as ram_gib, round(coalesce(ssd_gib, 0), 3) as ssd_gib,
+       coalesce(ram_gib, 0)::float8 * price.ram as ram_per_month,
+       coalesce(ssd_gib, 0)::float8 * price.ssd as ssd_per_month,
        coalesce(gpu_hours, 0) as gpu_hours_saved, coalesce(gpu_hours, 0) * price.gpu_hour as gpu_cost_saved
 from kvpool.models m left join held using (fingerprint) left join saved using (fingerprint) cross join price;
 comment on view kvpool.cost is
-    'What a model''s blocks cost a month at the pool''s prices, and what the prefill that they spared would have cost since '
-    'the catalog began. Dragonfly counts as memory, PostgreSQL as disk; empty where the pool has told no prices';
+    'What a model''s blocks cost a month at the pool''s prices, and what the prefill that they spared would have cost '
+    'since the catalog began. Dragonfly counts as memory, PostgreSQL as disk; empty where the pool has told no prices';
 
-comment on table kvpool.models is 'The models that were seen; the fingerprint says all that makes keys and values compatible';
+comment on table kvpool.models is
+    'The models that were seen; the fingerprint says all that makes keys and values compatible';
 comment on table kvpool.model_history is 'The last versions of the metadata of models, as they were replaced';
 comment on table kvpool.blocks is 'The blocks that lie, or lay a while ago, in some tier; tenants are keyed digests';
-comment on table kvpool.locations is 'Where each block lies: in which tier, on which node (zeros: a tier that all share)';
+comment on table kvpool.locations is
+    'Where each block lies: in which tier, on which node (zeros: a tier that all share)';
 comment on table kvpool.prompts is 'The prompts that were asked for; leaf: the key of the last whole block';
 comment on table kvpool.prompt_history is 'The last versions of the metadata of prompts, as they were replaced';
 comment on table kvpool.evictions is 'Why copies of blocks went, newest last; bounded in rows and in age';
