@@ -43,8 +43,28 @@ def redis_client(own_redis: Server) -> Iterator[redis.Redis]:
         yield client
 
 
-@pytest.fixture
-def own_postgres(tmp_path: Path) -> Iterator[Server]:
-    """A PostgreSQL server that the test may stop, kill and spoil."""
-    with postgres_server(tmp_path / "postgres", connections=20) as server:
+@pytest.fixture(scope="session")
+def spare_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A PostgreSQL server for the tests that stop, kill and spoil one: it is started again for each."""
+    with postgres_server(tmp_path_factory.mktemp("spare"), connections=20) as server:
         yield server
+
+
+class OwnDatabase(Server):
+    """A server with a database that only this test uses; `folder` is its service."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        super().__init__(server.local)
+        self._folder = folder
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+
+@pytest.fixture
+def own_postgres(spare_postgres: Server, tmp_path: Path) -> Iterator[Server]:
+    """A PostgreSQL server with an empty database, that the test may stop, kill and spoil."""
+    spare_postgres.start()
+    with postgres_database(spare_postgres.folder, tmp_path) as folder:
+        yield OwnDatabase(spare_postgres, folder)

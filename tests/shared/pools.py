@@ -26,6 +26,7 @@ PATIENT_S = 10.0
 def shared_config(
     directory: Path,
     *,
+    name: str = "test",
     dragonfly: Path | Mapping[str, Any] | None = None,
     database: Path | Mapping[str, Any] | None = None,
     dragonfly_options: Mapping[str, Any] | None = None,
@@ -42,7 +43,7 @@ def shared_config(
     services = beside / f"{directory.name}-services"
     services.mkdir(exist_ok=True)
     plain = config(**{"ram": 16 * MIB, **options}).model_dump(mode="json", by_alias=True)
-    plain |= {"secretFile": str(secret), "services": str(services)}
+    plain |= {"name": name, "secretFile": str(secret), "services": str(services)}
     if dragonfly is not None:
         plain["dragonfly"] = {
             **_place(dragonfly, services / DRAGONFLY),

@@ -50,7 +50,7 @@ class Chores:
         """Those that wait for shared tiers, each no longer than its budget."""
         catalog = self._engine.catalog
         reports = [] if catalog is None else [lambda: catalog.report_usage(models())]
-        return [*remote.chores(), self.follow_epochs, remote.eraser.step, *reports]
+        return [*remote.chores(), self.follow_epochs, self.note_hints, remote.eraser.step, *reports]
 
     def follow_epochs(self) -> None:
         """Hear what was erased elsewhere, and say that this node lives."""
@@ -63,6 +63,13 @@ class Chores:
             sync.step()
         except TierUnavailableError as error:
             database.refused_a_change(error.reason)
+
+    def note_hints(self) -> None:
+        """Leave word in dragonfly of what was erased here while that was out."""
+        sync, remote = self._engine.epoch_sync, self._engine.remote
+        dragonfly = None if remote is None else remote.store(TierName.DRAGONFLY)
+        if dragonfly is not None:
+            dragonfly.change(lambda tier: sync.note_hints())
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""

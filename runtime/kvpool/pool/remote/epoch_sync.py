@@ -62,6 +62,8 @@ class EpochSync:
         self._told: dict[TenantDigest, int] = {}
         """What the authority is known to know."""
         self._hinted: dict[TenantDigest, float] = {}
+        self._unnoted: dict[TenantDigest, int] = {}
+        """Hints that could not be noted, as far as there is room for them."""
 
     @property
     def trusted(self) -> bool:
@@ -137,13 +139,28 @@ class EpochSync:
         except OSError as error:  # it counts from now on all the same, and is made durable with the next one
             _log.warning("the epoch of an erased tenant cannot be kept: %s", error)
 
-    def _hint(self, tenant: TenantDigest, epoch: int) -> None:
-        if self.hints is None:
+    def note_hints(self) -> None:
+        """Note in dragonfly what could not be noted before. Raises `TierUnavailableError`."""
+        hints = self.hints
+        if hints is None:
             return
+        for tenant in list(self._unnoted):
+            epoch = self._unnoted.pop(tenant)
+            try:
+                hints.note_epoch(tenant, epoch)
+            except TierUnavailableError:
+                self._unnoted.setdefault(tenant, epoch)  # unless a higher one came meanwhile
+                raise
+
+    def _hint(self, tenant: TenantDigest, epoch: int) -> None:
         try:
-            self.hints.note_epoch(tenant, epoch)
+            if self.hints is not None:
+                self.hints.note_epoch(tenant, epoch)
+                return
         except TierUnavailableError as error:
-            _log.warning("the epoch of an erased tenant could not be noted in dragonfly: %s", error.reason)
+            _log.warning("the epoch of an erased tenant could not be noted in dragonfly yet: %s", error.reason)
+        if len(self._unnoted) < MAX_HINTED:
+            self._unnoted[tenant] = epoch
 
     def _adopt(self, epochs: Mapping[TenantDigest, int]) -> None:
         """Take higher epochs over: at once, so that nothing older is matched, and durably.

@@ -154,16 +154,16 @@ class RemoteStore:
 
     def touch(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
         """Keep these blocks as if written now, if the tier takes changes."""
-        self._change(lambda tier: tier.touch(tree, keys, codecs))
+        self.change(lambda tier: tier.touch(tree, keys, codecs))
 
     def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
         """Remove records, if the tier takes changes."""
-        self._change(lambda tier: tier.drop(tree, found))
+        self.change(lambda tier: tier.drop(tree, found))
 
     def remove(self, remove: Callable[[KeyedTier], int]) -> int | None:
         """Remove many records; how many those were, None where the tier takes no changes."""
         removed: list[int] = []
-        self._change(lambda tier: removed.append(remove(tier)))
+        self.change(lambda tier: removed.append(remove(tier)))
         return removed[0] if removed else None
 
     def attempt(self, call: Callable[[KeyedTier], None]) -> None:
@@ -175,6 +175,16 @@ class RemoteStore:
             call(tier)
         except TierUnavailableError as error:
             self.fell_out(error.reason)
+
+    def change(self, call: Callable[[KeyedTier], None]) -> None:
+        """Change something in the tier, if it takes changes."""
+        tier = self._tier
+        if tier is None or not self.writable:
+            return
+        try:
+            call(tier)
+        except TierUnavailableError as error:
+            self.refused_a_change(error.reason)
 
     def count_corrupt(self, reason: str, key: BlockKey) -> None:
         """Count a record that was not what was asked for, and say so."""
@@ -245,15 +255,6 @@ class RemoteStore:
             return call(tier)
         except TierUnavailableError as error:
             return Moved([False] * count, error.reason)
-
-    def _change(self, call: Callable[[KeyedTier], None]) -> None:
-        tier = self._tier
-        if tier is None or not self.writable:
-            return
-        try:
-            call(tier)
-        except TierUnavailableError as error:
-            self.refused_a_change(error.reason)
 
     def _takes_changes_again(self) -> None:
         self.writes.succeeded()
