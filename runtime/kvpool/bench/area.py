@@ -21,6 +21,7 @@ AREAS: Mapping[str, str] = {
     "quality": "kvpool.bench.quality",
     "shared": "kvpool.bench.shared",
     "sharing": "kvpool.bench.sharing",
+    "waterfall": "kvpool.bench.waterfall",
 }
 """Name -> the package whose `BENCHMARKS` are the area's; imported when it is run."""
 
