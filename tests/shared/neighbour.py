@@ -20,7 +20,7 @@ from kvpool.config import RuntimeConfig
 from kvpool.pool.pool import Pool
 from tests.pool.kv import DEADLINE_S, prompt, spec, store
 
-from .pools import looked_up, remote_of
+from .pools import looked_up
 
 _CODE = Path(__file__).parents[2]
 
@@ -97,8 +97,7 @@ def main(directory: str, config: str) -> None:
             case ["mode"]:
                 _say(pool.stats().mode)
             case ["servers"]:
-                servers = [connector._server for connector in remote_of(pool)._connectors]  # type: ignore[attr-defined]
-                _say([server.pid for server in servers])
+                _say({server.name: server.pid for server in pool.local_servers()})
             case ["torch"]:
                 _say("torch" in sys.modules)
             case ["close"]:
