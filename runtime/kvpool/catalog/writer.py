@@ -42,9 +42,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriterLimits:
-    """How a writer works. `memory_bytes` is for reports that wait in memory; about a third of what they take there."""
+    """How a writer works."""
 
     memory_bytes: int = 16 << 20
+    """For reports that wait in memory."""
     linger_s: float = 0.2
     """How long a first report waits for others."""
     retry_s: float = 0.25
