@@ -124,7 +124,7 @@ def hit_path_order(pool: Pool, model: Model, cold: Pool) -> None:
         forget(pool, model, tier, lost, range(10))
     assert looked_up(elsewhere, lost) == {}, "what no shared tier has is to be computed"
     assert {report.verdict for report in elsewhere.explain(lost)} == {Verdict.NEVER_STORED}
-    assert on_host(model, lost) in ({SSD: 10}, {RAM: 10}), "also where another node has it on its disk"
+    assert sum(on_host(model, lost).values()) == 10, "also where another node has it on its disk"
     check(cold)
 
 
@@ -336,7 +336,9 @@ def concurrent_stress(pool: Pool, cold: Pool, *, operations: int) -> None:
     tokens = prompt(6, 77)
     kept(pool, pool.model("m"), tokens)
     flushed(pool)
-    assert looked_up(cold.model("m"), tokens) == {DRAGONFLY: 6}
+    served = looked_up(cold.model("m"), tokens)
+    assert sum(served.values()) == 6
+    assert set(served) <= {DRAGONFLY, DATABASE}
 
 
 def memory_pressure(pool: Pool, model: Model, resized: Callable[[int], RuntimeConfig]) -> None:
