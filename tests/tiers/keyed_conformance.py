@@ -273,6 +273,8 @@ class KeyedConformance:
             tier.get(tree_of(), wanted, buffers)
         with pytest.raises(ValueError, match="shorter"):
             tier.get(tree_of(), wanted, buffers[:1])
+        with pytest.raises(ValueError, match="bytes"):
+            tier.get(tree_of(), wanted[:1], [bytes(wanted[0].record_bytes)])
         assert all((buffer == 9).all() for buffer in buffers)
 
     # --- erased ------------------------------------------------------------------------------------------------------

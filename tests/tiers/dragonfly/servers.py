@@ -165,6 +165,14 @@ class Cluster(NamedTuple):
         return [bytes(name) for client in self.clients for name in client.scan_iter("*")]
 
 
+def cluster_lines(bus_port: int) -> tuple[str, ...]:
+    """The settings of a node. The cluster works for the slots that it has."""
+    return (
+        "cluster-enabled yes", f"cluster-port {bus_port}", "cluster-node-timeout 2000",
+        "cluster-require-full-coverage no",
+    )  # fmt: skip
+
+
 @contextmanager
 def redis_cluster(directory: Path, password: str = PASSWORD) -> Iterator[Cluster]:
     """A Redis Cluster of three masters on the loopback; stopped at the end."""
@@ -172,12 +180,7 @@ def redis_cluster(directory: Path, password: str = PASSWORD) -> Iterator[Cluster
     with ExitStack() as stack:
         servers = []
         for number, (port, bus) in enumerate(zip(ports[:NODES], ports[NODES:], strict=True)):
-            lines = (
-                "cluster-enabled yes",
-                f"cluster-port {bus}",
-                f"masterauth {password}",
-                "cluster-node-timeout 2000",
-            )
+            lines = (*cluster_lines(bus), f"masterauth {password}")
             server = RedisProcess(directory / f"node-{number}", *lines, password=password, port=port)
             stack.callback(server.stop)
             server.start()

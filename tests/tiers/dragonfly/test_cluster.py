@@ -16,11 +16,21 @@ from kvpool.tiers.dragonfly.names import Names
 from kvpool.tiers.dragonfly.tier import DragonflyTier
 from kvpool.tiers.dragonfly.topology import Topology, elsewhere, topology_of
 from kvpool.tiers.tier import TierUnavailableError
-from tests.tiers.dragonfly.servers import Cluster, client_of, eventually, is_whole, redis_cluster, tcp_server, tier_of
+from tests.tiers.dragonfly.servers import (
+    Cluster,
+    client_of,
+    cluster_lines,
+    eventually,
+    free_ports,
+    is_whole,
+    redis_cluster,
+    tcp_server,
+    tier_of,
+)
 from tests.tiers.keyed_conformance import chain, found_of, holds, keys_of, put, tree_of
 
 TREE = tree_of()
-SHORT_S = 0.3
+SHORT_S = 0.5
 
 
 @pytest.fixture
@@ -157,8 +167,8 @@ def move(source: Any, port: int, name: bytes) -> None:
 
 def test_a_cluster_of_one_node_is_asked_at_its_address(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What it calls itself may mean nothing to us."""
-    directory = tmp_path_factory.mktemp("one")
-    with tcp_server(directory, "cluster-enabled yes", "cluster-announce-ip 192.0.2.1") as server:
+    lines = (*cluster_lines(*free_ports(1)), "cluster-announce-ip 192.0.2.1")
+    with tcp_server(tmp_path_factory.mktemp("one"), *lines) as server:
         with client_of(server.folder) as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             eventually(lambda: is_whole(client, 1), "it is a cluster")

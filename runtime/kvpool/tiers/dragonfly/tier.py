@@ -74,7 +74,7 @@ class DragonflyTier:
         self._know([found.codec for found in wanted])
         names = Names(tree)
         reads = [
-            _reads(names.of(found.key, found.codec), _view(buffer, found.record_bytes))
+            _reads(names.of(found.key, found.codec), _room_for(found, buffer))
             for found, buffer in zip(wanted, into, strict=True)
         ]
         kept = self._every(names, [found.key for found in wanted])
@@ -88,7 +88,7 @@ class DragonflyTier:
         self._know([sealed.codec for sealed in records])
         names = Names(tree)
         named = [names.of(sealed.key, sealed.codec) for sealed in records]
-        views = [_view(sealed.record) for sealed in records]
+        views = [_bytes_of(sealed.record) for sealed in records]
         patience = self._patience()
         lengths = self._lengths(named, patience)
         done = [length == len(view) for length, view in zip(lengths, views, strict=True)]
@@ -104,12 +104,7 @@ class DragonflyTier:
         """As `KeyedTier` says."""
         self._know(codecs)
         names = Names(tree)
-        kept = [names.of(key, codec) for key in keys for codec in codecs]
-        patience = self._patience()
-        answers = self._answers(self._keeps(kept), patience)
-        if self._knows_no_gt(answers.each):
-            answers = self._answers(self._keeps(kept), patience)
-        _check(answers)
+        _check(self._ask_to_keep([names.of(key, codec) for key in keys for codec in codecs], self._patience()))
 
     def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
         """As `KeyedTier` says."""
@@ -173,9 +168,17 @@ class DragonflyTier:
     def _ask(self, requests: list[Command], kept: Sequence[bytes], patience: Patience) -> Answers:
         """Ask, then keep `kept` as if written now; the answers to the requests."""
         answers = self._answers(requests + self._keeps(kept), patience)
-        if self._knows_no_gt(answers.each[len(requests) :]):
-            self._answers(self._keeps(kept), patience)
+        if any(map(_is_unknown, answers.each[len(requests) :])):
+            self._ask_to_keep(kept, patience)
         del answers.each[len(requests) :]
+        return answers
+
+    def _ask_to_keep(self, kept: Sequence[bytes], patience: Patience) -> Answers:
+        """Keep these records as if written now. A server that does not know `GT` is asked without from now on."""
+        answers = self._answers(self._keeps(kept), patience)
+        if self._keep is commands.keep_longer and any(map(_is_unknown, answers.each)):
+            self._keep = commands.keep
+            answers = self._answers(self._keeps(kept), patience)
         return answers
 
     def _answers(self, requests: list[Command], patience: Patience) -> Answers:
@@ -184,26 +187,28 @@ class DragonflyTier:
 
     def _keeps(self, kept: Sequence[bytes]) -> list[Command]:
         """What keeps these records as if written now, the last of them first."""
-        ttl_ms = self._ttl_ms
-        return [self._keep(name, ttl_ms) for name in reversed(kept)]
-
-    def _knows_no_gt(self, answers: Sequence[Answer]) -> bool:
-        """Whether a server that was to keep something longer does not know how; from now on it is asked otherwise."""
-        if self._keep is commands.keep or not any(isinstance(a, ServerError) and a.code == "ERR" for a in answers):
-            return False
-        self._keep = commands.keep
-        return True
+        keep, ttl_ms = self._keep, self._ttl_ms
+        return [keep(name, ttl_ms) for name in reversed(kept)]
 
     def _sweep(self, pattern: bytes, is_doomed: Callable[[Parts], bool]) -> int:
         with _faults_are_outages():
             return sweep(self._servers, pattern, is_doomed, self._patience, self.batch_size)
 
 
-def _view(buffer: Buffer, nbytes: int | None = None) -> memoryview:
-    """The bytes of a buffer, which must be so many."""
-    view = memoryview(buffer).cast("B")
-    if nbytes is not None and len(view) != nbytes:
-        raise ValueError(f"the record has {nbytes} bytes; its buffer {len(view)}")
+def _is_unknown(answer: Answer) -> bool:
+    """Whether a server does not know a command, or not this form of it."""
+    return isinstance(answer, ServerError) and answer.code == "ERR"
+
+
+def _bytes_of(record: Buffer) -> memoryview:
+    return memoryview(record).cast("B")
+
+
+def _room_for(found: Found, buffer: Buffer) -> memoryview:
+    """The bytes of a buffer, which must be as many as the record's."""
+    view = _bytes_of(buffer)
+    if len(view) != found.record_bytes or view.readonly:
+        raise ValueError(f"a buffer for {found.record_bytes} bytes has {len(view)}, or cannot be written")
     return view
 
 
