@@ -10,8 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 
-from kvpool.catalog.embedding import DIMENSIONS, HashedNgrams
+from kvpool.catalog.embedding import DIMENSIONS, HashedNgrams, Vector
 from kvpool.catalog.vectors.contract import PromptVectors, VectorsUnavailableError
+from kvpool.errors import InputError
 from tests.catalog.vectors.points import TREE, leaf_of, near, point, points, tree_of, vector_of
 
 DEADLINE_S = 20.0
@@ -130,6 +131,15 @@ class VectorsConformance:
         hits = vectors.search(nothing, TREE, deadline_s=DEADLINE_S)
         assert all(np.isfinite(hit.score) for hit in hits)
         assert nothing.shape == (DIMENSIONS,)
+
+    @pytest.mark.parametrize("wrong", [np.zeros(256, np.float32), np.full(DIMENSIONS, np.nan, np.float32)])
+    def test_what_is_no_vector_is_refused_and_harms_nothing(self, vectors: PromptVectors, wrong: Vector) -> None:
+        vectors.upsert([point(1)])
+        with pytest.raises(InputError, match="must have 512 finite numbers"):
+            vectors.upsert([point(2), point(3, vector=wrong)])
+        with pytest.raises(InputError, match="must have 512 finite numbers"):
+            vectors.search(wrong, TREE, deadline_s=DEADLINE_S)
+        assert vectors.count() == 1
 
     def test_several_threads_search_while_others_add(self, vectors: PromptVectors) -> None:
         vectors.upsert(points(range(200)))

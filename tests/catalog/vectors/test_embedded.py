@@ -138,6 +138,22 @@ def test_an_update_that_cannot_be_sent_costs_its_budget_and_the_process_is_repla
         assert found(vectors, 49)
 
 
+def test_a_disk_that_takes_no_more_costs_what_is_new_and_nothing_else(vectors: EmbeddedVectors) -> None:
+    vectors.upsert(points(range(100)))
+    psutil.Process(vectors.pid).rlimit(psutil.RLIMIT_FSIZE, (1 << 20, psutil.RLIM_INFINITY))
+
+    def fill() -> None:
+        for number in range(1_000, 101_000, 250):
+            vectors.upsert(points(range(number, number + 250)))
+
+    with pytest.raises(VectorsUnavailableError):
+        fill()
+    until(lambda: is_back(vectors))
+    vectors.upsert(points(range(100, 110)))
+    assert found(vectors, 42)
+    assert found(vectors, 105)
+
+
 def test_ctrl_c_is_not_for_the_process_that_has_the_points(vectors: EmbeddedVectors) -> None:
     pid = pid_of(vectors)
     assert os.getpgid(pid) != os.getpgid(0)

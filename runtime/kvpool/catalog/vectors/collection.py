@@ -3,9 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
+from kvpool.catalog.embedding.encoder import Vector
 from kvpool.catalog.vectors.contract import MAX_FOLLOWERS, Hit, Point
-from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, NEXT, TENANT, TOKENS
+from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, NEXT, SIZE, TENANT, TOKENS
+from kvpool.errors import InputError
+
+
+def checked(vector: Vector) -> Vector:
+    """The vector, if the collection can hold it. Raises `InputError`: an encoder makes something else."""
+    if vector.shape != (SIZE,) or not np.isfinite(vector).all():
+        raise InputError(f"a prompt's vector has shape {vector.shape}; it must have {SIZE} finite numbers")
+    return vector
 
 
 def payload_of(point: Point) -> dict[str, str | int | list[str]]:

@@ -68,7 +68,7 @@ class PromptVectors(Protocol):
 
     All calls raise `VectorsUnavailableError` when the store is away or the deadline has passed, and
     `VectorsMismatchError` when the collection is of another kind. What a call has done by then stays: all of them may
-    be made again.
+    be made again. A vector that is none raises `InputError`.
     """
 
     def upsert(self, points: Sequence[Point]) -> None:

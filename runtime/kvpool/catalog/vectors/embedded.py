@@ -11,7 +11,7 @@ import numpy as np
 
 from kvpool.blocks.identity import Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding.encoder import Vector
-from kvpool.catalog.vectors.collection import hit_of, payload_of, tree_fields
+from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_fields
 from kvpool.catalog.vectors.contract import BATCH_POINTS, MAX_POINTS, Hit, Point, VectorsUnavailableError
 from kvpool.catalog.vectors.edge.process import EdgeProcess, Service
 from kvpool.errors import DirectoryInUseError
@@ -61,14 +61,14 @@ class EmbeddedVectors:
         for begin in range(0, len(points), size):
             batch = points[begin : begin + size]
             said = [[point.id.hex, payload_of(point)] for point in batch]
-            vectors = np.concatenate([point.vector for point in batch]).astype("<f4").tobytes()
+            vectors = np.concatenate([checked(point.vector) for point in batch]).astype("<f4").tobytes()
             self._update({"ask": "upsert", "points": said}, vectors)
 
     def search(self, vector: Vector, tree: TreeId, k: int = 10, *, deadline_s: float) -> list[Hit]:
         """As `PromptVectors` says."""
         deadline = time.monotonic() + deadline_s
         said = {"ask": "search", "fields": tree_fields(tree), "k": k}
-        answer = self._open(deadline).searches.ask(said, vector.astype("<f4").tobytes(), deadline)
+        answer = self._open(deadline).searches.ask(said, checked(vector).astype("<f4").tobytes(), deadline)
         _log_fault(answer)
         hits = (hit_of(score, payload, tree) for score, payload in answer["hits"])
         return [hit for hit in hits if hit is not None]
@@ -99,7 +99,9 @@ class EmbeddedVectors:
 
     def _counts(self) -> Mapping[str, Any]:
         deadline = time.monotonic() + self._budget_s
-        return self._open(deadline).searches.ask({"ask": "count"}, b"", deadline)
+        answer = self._open(deadline).searches.ask({"ask": "count"}, b"", deadline)
+        _log_fault(answer)
+        return answer
 
     def _update(self, said: Mapping[str, Any], vectors: bytes = b"") -> int:
         deadline = time.monotonic() + self._budget_s
@@ -128,8 +130,9 @@ class EmbeddedVectors:
                 raise VectorsUnavailableError("its process has ended; it is started again in a moment")
             self._next_start = now + _RESTART_PAUSE_S
             if self._process is not None:
-                _log.warning("the process that keeps prompts' vectors has ended; it is started again")
+                result = self._process.result
                 self._process.kill()
+                _log.warning("the process that keeps prompts' vectors ended with %s; it is started again", result)
             self._process = EdgeProcess(self._service)
             return self._process
 

@@ -22,9 +22,10 @@ DISTANCE = "Cosine"
 MODEL, TENANT, EPOCH, AT = "model", "tenant", "epoch", "at"
 LEAF, BLOCKS, TOKENS, NEXT = "leaf", "blocks", "tokens", "next"
 
-HNSW_EDGES = 16
-HNSW_BUILD_CANDIDATES = 100
-HNSW_SEARCH_CANDIDATES = 64
-"""Measured with 100,000 chat prompts: 0.99 of the ten nearest are found."""
+HNSW_EDGES = 64
+HNSW_BUILD_CANDIDATES = 200
+HNSW_SEARCH_CANDIDATES = 256
+"""Measured with 100,000 chats behind 60 system prompts, which lie in clusters: 0.97 of the ten nearest are found; with
+16 edges, whatever else, no more than 0.88."""
 FULL_SCAN_KB = 2_000
 """Below so many kilobytes of vectors, 1,000 prompts, all are compared."""

@@ -214,7 +214,7 @@ class SemanticPredictor:
             self._dropped += 1
 
     def _store(self, *, all_of_them: bool) -> None:
-        while self._ready and (all_of_them or len(self._ready) >= _STORED_AT_ONCE):
+        while self._ready and not self._closed and (all_of_them or len(self._ready) >= _STORED_AT_ONCE):
             batch = [self._ready[at] for at in range(min(len(self._ready), _STORED_AT_ONCE))]
             alive = [point for point in batch if point.tree.epoch >= self._erased.get(point.tree.tenant, 0)]
             if alive:

@@ -8,7 +8,7 @@ from qdrant_client import QdrantClient, models
 from kvpool.blocks.identity import Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding.encoder import Vector
 from kvpool.catalog.vectors import layout
-from kvpool.catalog.vectors.collection import hit_of, payload_of, tree_fields
+from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_fields
 from kvpool.catalog.vectors.contract import BATCH_POINTS, MAX_POINTS, Hit, Point
 from kvpool.catalog.vectors.session import Session, server_timeout
 from kvpool.config.service import ServiceAddress
@@ -43,7 +43,11 @@ class RemoteVectors:
         """As `PromptVectors` says."""
         for begin in range(0, len(points), BATCH_POINTS):
             batch = points[begin : begin + BATCH_POINTS]
-            self._updates.call(partial(_put, points=batch), self._budget_s)
+            stored = [
+                models.PointStruct(id=str(point.id), vector=checked(point.vector).tolist(), payload=payload_of(point))
+                for point in batch
+            ]
+            self._updates.call(partial(_put, stored=stored), self._budget_s)
             self._unchecked += len(batch)
             if self._unchecked > self._max_points // 100:
                 self._updates.call(self._remove_oldest, self._budget_s)
@@ -51,11 +55,12 @@ class RemoteVectors:
 
     def search(self, vector: Vector, tree: TreeId, k: int = 10, *, deadline_s: float) -> list[Hit]:
         """As `PromptVectors` says."""
+        asked = checked(vector).tolist()
 
         def search(client: QdrantClient) -> list[models.ScoredPoint]:
             return client.query_points(
                 layout.NAME,
-                query=vector.tolist(),
+                query=asked,
                 query_filter=models.Filter(must=[_equal(name, value) for name, value in tree_fields(tree).items()]),
                 search_params=models.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
                 limit=k,
@@ -105,11 +110,7 @@ class RemoteVectors:
         return self._updates.call(remove, self._budget_s)
 
 
-def _put(client: QdrantClient, points: Sequence[Point]) -> None:
-    stored = [
-        models.PointStruct(id=str(point.id), vector=point.vector.tolist(), payload=payload_of(point))
-        for point in points
-    ]
+def _put(client: QdrantClient, stored: list[models.PointStruct]) -> None:
     client.upsert(layout.NAME, stored)
 
 

@@ -69,6 +69,11 @@ class EdgeProcess:
         """Whether it ended, or cannot be talked to any more."""
         return self.searches.is_broken or self.updates.is_broken or self._process.poll() is not None
 
+    @property
+    def result(self) -> int | None:
+        """The exit code that it ended with, minus the signal's number where one ended it; None while it runs."""
+        return self._process.poll()
+
     def wait_until_open(self, deadline: float) -> None:
         """Wait until the points are open; again and again, if need be.
 
@@ -115,6 +120,7 @@ class _Line:
         self.is_broken = False
         self._channel = channel
         self._lock = Lock()
+        self._first: Mapping[str, Any] | None = None
         self._asked = 0
         self._answered = 0
 
@@ -124,9 +130,11 @@ class _Line:
             return self._ask(said, vectors, deadline)
 
     def hear_first(self, deadline: float) -> Mapping[str, Any]:
-        """What it says when it has opened the points, or cannot."""
+        """What it says when it has opened the points, or cannot; the same to all who ask."""
         with self._turn(deadline):
-            return self._channel.receive(deadline).said
+            if self._first is None:
+                self._first = self._channel.receive(deadline).said
+            return self._first
 
     def close(self) -> None:
         """Close our end. A question that waits on it fails."""
@@ -143,7 +151,7 @@ class _Line:
             raise VectorsUnavailableError("its process gave no answer in time") from None
         except BrokenChannelError as error:
             self.is_broken = True
-            raise VectorsUnavailableError(f"its process has ended: {error}") from None
+            raise VectorsUnavailableError(f"its process is gone: {error}") from None
         finally:
             self._lock.release()
 

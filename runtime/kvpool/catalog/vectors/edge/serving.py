@@ -21,7 +21,8 @@ from kvpool.catalog.vectors.edge.shard import Shard, Stored
 
 _ANSWER_S = 10.0
 _IDLE_S, _BUILDING_S = 1.0, 0.02
-_FLUSH_POINTS = 4_096
+_FLUSH_POINTS, _FLUSH_S = 4_096, 30.0
+"""A flush holds searches up for some 10 ms, and makes nothing safer: it keeps the log short."""
 _MAX_PENDING_BYTES = 64 << 20
 """More changes than that while a graph is built: the build is given up."""
 _VECTOR_BYTES = 4 * layout.SIZE
@@ -59,11 +60,10 @@ def _answer_all(points: "Points", searches: Channel, updates: Channel) -> None:
                     selector.register(updates.socket, selectors.EVENT_READ, updates)
                 else:
                     selector.unregister(updates.socket)
-            ready = selector.select(_BUILDING_S if points.is_building else _IDLE_S)
-            for key, _ in ready:
-                if not _answer(points, key.data):
+            for key, _ in selector.select(_BUILDING_S if points.is_building else _IDLE_S):
+                if not _answer(points, key.data) or points.is_stuck:
                     return
-            points.care(idle=not ready)
+            points.care()
 
 
 def _answer(points: "Points", channel: Channel) -> bool:
@@ -85,6 +85,7 @@ def _answer_to(points: "Points", frame: Frame) -> Answer:
     try:
         answer = points.answer(frame)
     except Exception as error:  # of the engine, which has no other kind: the disk is full, a file is damaged
+        points.is_stuck = True
         return {"error": str(error)}
     fault, points.fault = points.fault, ""
     return {**answer, "fault": fault} if fault else answer
@@ -103,6 +104,8 @@ class Points:
         self._index_after = index_after
         self.unreadable = ""
         """Why what was there before could not be opened, if so; it was set aside."""
+        self.is_stuck = False
+        """The engine has failed: it does so from then on, until it is opened again, by the next process."""
         self.fault = ""
         """What went wrong between questions, to be said with the next answer."""
         self._shard = self._opened()
@@ -111,6 +114,8 @@ class Points:
         self._changed = self._shard.outside_graph()
         """Points that came or went since the graph was built."""
         self._unflushed = 0
+        self._flushed_s = time.monotonic()
+        self._closed = False
         self._build: Build | None = None
         self._pending: list[Frame] = []
         self._pending_bytes = 0
@@ -139,23 +144,28 @@ class Points:
                     self._remember(frame)
                 return {"count": self._change(self._shard, frame)}
 
-    def care(self, *, idle: bool) -> None:
-        """What is to be done between questions: flush, and have the graph built. Never raises."""
-        try:
-            if self._unflushed and (idle or self._unflushed >= _FLUSH_POINTS):
-                self._flush()
-            if self._build is not None:
-                self._look_after(self._build)
-            elif self._changed >= self._index_after:
-                self._begin_build()
-        except Exception as error:  # of the engine, which has no other kind: said with the next answer
-            self.fault = str(error)
-            self._give_up_build()
+    def care(self) -> None:
+        """What is to be done between questions: flush, and have the graph built.
+
+        Raises where the engine cannot flush, or a new copy cannot take the place of the old: then this process is of no
+        use. A graph that cannot be built is built another time.
+        """
+        is_time = time.monotonic() > self._flushed_s + _FLUSH_S
+        if self._unflushed >= _FLUSH_POINTS or (self._unflushed and is_time):
+            self._flush()
+        if self._build is not None:
+            self._look_after(self._build)
+        elif self._changed >= self._index_after:
+            self._changed = 0  # if this fails, the next is begun after as many changes again
+            self._flush()
+            self._begin_build()
 
     def close(self) -> None:
         """Close the files. Safe to call again."""
-        self._give_up_build()
-        self._shard.close()
+        if not self._closed:
+            self._closed = True
+            self._give_up_build()
+            self._shard.close()
 
     def _opened(self) -> Shard:
         current = self._directory.current()
@@ -210,15 +220,17 @@ class Points:
             self._give_up_build()
 
     def _flush(self) -> None:
+        self._flushed_s = time.monotonic()
         self._shard.flush()
         self._unflushed = 0
 
     def _begin_build(self) -> None:
-        self._changed = 0  # if this fails, the next is begun after as many changes again
-        self._flush()
         current = self._directory.current()
         assert current is not None
-        self._build = Build(current, self._directory.next())
+        try:
+            self._build = Build(current, self._directory.next())
+        except OSError as error:
+            self.fault = f"the graph was not built: {error}"
 
     def _look_after(self, build: Build) -> None:
         self._copied, result = build.progress()
@@ -230,15 +242,20 @@ class Points:
 
     def _take(self, build: Build) -> None:
         """The copy takes the original's place, with what has changed since it was made."""
-        fresh = Shard.load(build.copy)
-        for frame in self._pending:
-            self._change(fresh, frame)
-        fresh.flush()
-        original, self._shard = self._shard, fresh
-        original.close()
+        try:
+            fresh = Shard.load(build.copy)
+            for frame in self._pending:
+                self._change(fresh, frame)
+            fresh.flush()
+        except Exception as error:  # of the engine, which has no other kind
+            self.fault = f"the graph that was built cannot be used: {error}"
+            self._give_up_build()
+            return
+        self._end_build()
+        self._shard.abandon()
+        self._shard = fresh
         self._directory.switch(build.copy)
         self._changed = fresh.outside_graph()
-        self._end_build()
 
     def _give_up_build(self) -> None:
         if self._build is not None:

@@ -111,6 +111,10 @@ class Shard:
         self._engine.flush()
         self._engine.close()
 
+    def abandon(self) -> None:
+        """Close the files of a copy that is removed next."""
+        self._engine.close()
+
     def _remove(self, matching: qdrant.Filter) -> int:
         number = self._engine.count(qdrant.CountRequest(filter=matching))
         if number:
