@@ -28,7 +28,7 @@ def test_the_cluster_example_sets_every_field_that_a_profile_would() -> None:
     assert not [row for row in rows if row.source.startswith("profile")]
 
 
-def test_the_laptop_example_evicts_chats_of_3000_tokens_to_disk() -> None:
+def test_the_laptop_example_evicts_chats_of_3000_tokens_to_shared_tiers_and_disk() -> None:
     config = load_config(ROOT / "examples" / "laptop.yaml")
     block_bytes = 30 * 2 * 3 * 64 * config.block_tokens * 4 + 4096  # float32, and the record's head
     chat_bytes = 3000 // config.block_tokens * block_bytes
@@ -38,7 +38,14 @@ def test_the_laptop_example_evicts_chats_of_3000_tokens_to_disk() -> None:
     assert system_prompt_bytes < config.ram.capacity_bytes < chat_bytes
     assert config.sharing.max_shared_bytes < config.ram.capacity_bytes
     assert config.ssd.capacity_bytes > 12 * chat_bytes
-    assert (config.gpu, config.dragonfly, config.database) == (None, None, None)
+    assert config.gpu is None
+    assert config.dragonfly is not None
+    assert config.dragonfly.secret is None, "it needs no server but those that it starts"
+    assert config.database is not None
+    assert config.database.postgres.secret is None
+    assert config.database.inline_max_bytes > block_bytes
+    demo_bytes = 2 * system_prompt_bytes + chat_bytes
+    assert config.database.inline_bytes > demo_bytes
 
 
 def test_examples_are_plain_yaml() -> None:

@@ -25,16 +25,6 @@ CHATS = (
         "When are bikes from the rental fleet sold?",
     ),
     Chat(
-        "acme",
-        2,
-        (
-            "My city bike was stolen. When do I have to report it?",
-            "And to whom?",
-            "How high is the deposit for an electric bike?",
-        ),
-        "How far does the battery of the Night Heron last?",
-    ),
-    Chat(
         "globex",
         1,
         (
@@ -43,6 +33,16 @@ CHATS = (
             "How much is a day pass for a cargo bike?",
         ),
         "How long does a test ride last?",
+    ),
+    Chat(
+        "acme",
+        2,
+        (
+            "My city bike was stolen. When do I have to report it?",
+            "And to whom?",
+            "How high is the deposit for an electric bike?",
+        ),
+        "How far does the battery of the Night Heron last?",
     ),
     Chat(
         "globex",
@@ -55,8 +55,15 @@ CHATS = (
         "How high is the deposit for a city bike?",
     ),
 )
+"""In the order of their turns: the two of one company, which share the handbook, never follow each other."""
 
 
 def handbook() -> str:
     """The system prompt that all chats share: 1,542 tokens for SmolLM2."""
     return (files("kvpool.demo") / "handbook.txt").read_text(encoding="utf-8").strip()
+
+
+def half_handbook() -> str:
+    """Its first chapters, about half of it."""
+    chapters = handbook().split("\n\n")
+    return "\n\n".join(chapters[: len(chapters) // 2 + 1])

@@ -1,5 +1,6 @@
 """The demo as one picture: where each prompt's tokens came from, and when its first token was there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,25 @@ from kvpool.demo.result import Result, times
 from kvpool.demo.turn import TurnReport
 
 INK, FAINT, COLD = "#22303c", "#8a97a3", "#b9c2ca"
-COLOURS = {"computed": "#dfe4e8", "ram": "#2a9d8f", "ssd": "#e9a23b", "memory": "#22303c"}
+COLOURS = {
+    "gpu": "#74b816",
+    "ram": "#2a9d8f",
+    "dragonfly": "#3f7cc4",
+    "database": "#9067b5",
+    "ssd": "#e9a23b",
+    "computed": "#dfe4e8",
+    "memory": "#22303c",
+}
 
 
 def draw(result: Result, path: Path) -> None:
     """Write the picture."""
     matplotlib.rcParams.update({"font.family": "sans-serif", "text.color": INK, "axes.edgecolor": FAINT})
-    figure = Figure(figsize=(12.5, 2.15 + 0.36 * (len(result.turns) + 1)), dpi=150, facecolor="white")
+    figure = Figure(figsize=(13.5, 2.15 + 0.36 * (len(result.turns) + 1)), dpi=150, facecolor="white")
     tokens, times = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.25))
     rows = _rows(result)
     for row, turn in rows:
-        _tokens_of(tokens, row, turn)
+        _tokens_of(tokens, row, turn, result.tiers)
         _times_of(times, row, turn)
     _frame(tokens, times, rows, result)
     _title(figure, result)
@@ -36,9 +45,9 @@ def _rows(result: Result) -> list[tuple[float, TurnReport]]:
     return [(index + (1.0 if index >= gap else 0.0), turn) for index, turn in enumerate(result.turns)]
 
 
-def _tokens_of(axes: Any, row: float, turn: TurnReport) -> None:
+def _tokens_of(axes: Any, row: float, turn: TurnReport, tiers: Sequence[str]) -> None:
     left = 0
-    for name in ("ram", "ssd"):
+    for name in tiers:
         axes.barh(row, turn.served_tokens.get(name, 0), left=left, height=0.62, color=COLOURS[name])
         left += turn.served_tokens.get(name, 0)
     axes.barh(row, turn.prompt_tokens - left, left=left, height=0.62, color=COLOURS["computed"])
@@ -59,7 +68,7 @@ def _times_of(axes: Any, row: float, turn: TurnReport) -> None:
 
 
 def _frame(tokens: Any, times: Any, rows: list[tuple[float, TurnReport]], result: Result) -> None:
-    tokens.set_yticks([row for row, _ in rows], [f"{turn.tenant} {turn.chat}, turn {turn.turn}" for _, turn in rows])
+    tokens.set_yticks([row for row, _ in rows], [_name(turn) for _, turn in rows])
     tokens.set_ylim(rows[-1][0] + 0.7, -0.7)
     tokens.set_title("Where the prompt's tokens came from", loc="left", fontsize=10.5, pad=24)
     times.set_title("Time to the first token, in seconds (logarithmic)", loc="left", fontsize=10.5, pad=24)
@@ -85,10 +94,15 @@ def _frame(tokens: Any, times: Any, rows: list[tuple[float, TurnReport]], result
         style="italic",
     )
     tokens.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _legends(tokens, times)
+    _legends(tokens, times, result.tiers)
 
 
-def _legends(tokens: Any, times: Any) -> None:
+def _name(turn: TurnReport) -> str:
+    away = "".join(f" · no {tier}" for tier in turn.out)
+    return f"{turn.tenant} {turn.chat}, turn {turn.turn}{away}"
+
+
+def _legends(tokens: Any, times: Any, tiers: Sequence[str]) -> None:
     place: dict[str, Any] = {
         "loc": "lower left",
         "frameon": False,
@@ -96,21 +110,17 @@ def _legends(tokens: Any, times: Any) -> None:
         "borderaxespad": 0,
         "columnspacing": 1.2,
     }
-    bars = [
-        Patch(color=COLOURS[name], label=label)
-        for name, label in (("ram", "ram"), ("ssd", "ssd"), ("computed", "computed"))
-    ]
-    tokens.legend(handles=bars, ncols=3, bbox_to_anchor=(0, 1.005), **place)
+    bars = [Patch(color=COLOURS[name], label=name) for name in (*tiers, "computed")]
+    tokens.legend(handles=bars, ncols=len(bars), bbox_to_anchor=(0, 1.005), **place)
     dot: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 7}
     times.legend(
         handles=[
             Line2D([], [], color=COLD, label="cold", **dot),
-            Line2D([], [], color=COLOURS["ram"], label="kvpool, mostly ram", **dot),
-            Line2D([], [], color=COLOURS["ssd"], label="kvpool, mostly ssd", **dot),
+            Line2D([], [], color=COLOURS["ram"], label="kvpool, coloured by its main tier", **dot),
             Line2D([], [], color=COLOURS["memory"], label="same cache kept in memory", marker="|", linestyle="none",
                    markersize=10, markeredgewidth=1.6),
         ],
-        ncols=4, bbox_to_anchor=(0, 1.005), **place,
+        ncols=3, bbox_to_anchor=(0, 1.005), **place,
     )  # fmt: skip
 
 
@@ -124,7 +134,8 @@ def _title(figure: Figure, result: Result) -> None:
     machine = result.as_json()["machine"]
     figure.text(
         0.012, 1 - 0.5 / figure.get_figheight(),
-        "Chats of two tenants with one service desk, on a pool whose ram is too small for all of them",
+        "Chats of two tenants with one service desk, on a pool whose ram is too small for all of them; "
+        "its servers are stopped in the middle",
         fontsize=10, color=FAINT, ha="left", va="center",
     )  # fmt: skip
     figure.text(
@@ -135,7 +146,7 @@ def _title(figure: Figure, result: Result) -> None:
         fontsize=8, color=FAINT, ha="left", va="bottom",
     )  # fmt: skip
     figure.subplots_adjust(
-        left=0.105,
+        left=0.175,
         right=0.985,
         top=1 - 1.35 / figure.get_figheight(),
         bottom=0.62 / figure.get_figheight(),

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,21 +13,33 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kvpool.demo.catalog import CatalogReport
 from kvpool.demo.neighbour import NeighbourReport
 from kvpool.demo.script import ProcessReport
+from kvpool.demo.servers import OutageReport, Process
 from kvpool.demo.turn import TurnReport
 
 MIB = 1 << 20
+OUT = "out"
+_HEADING = {"dragonfly": "dragon-\nfly", "database": "data-\nbase"}
+"""So that the table fits 80 columns."""
 
 
 class Result:
     """Both processes' reports."""
 
-    def __init__(self, first: ProcessReport, second: ProcessReport, seconds: float) -> None:
+    def __init__(
+        self, first: ProcessReport, second: ProcessReport, seconds: float, *, left_running: Sequence[Process] = ()
+    ) -> None:
+        """`left_running`: servers that outlived the process that had started them."""
         self.first = first
         self.second = second
         self.seconds = seconds
+        self.left_running = tuple(left_running)
         self.turns = (*first.turns, *second.turns)
+        self.outages = (*first.outages, *second.outages)
+        self.tiers = tuple(str(tier) for tier in first.stats["tiers"])
+        """All that the pool has, in the waterfall's order."""
         assert first.first_token is not None
         self.headline = first.first_token
 
@@ -44,9 +56,20 @@ class Result:
         ]
         for report in (self.first, self.second):
             failures += _broken_quotas(report)
-        if not any(turn.served_tokens.get("ssd") for turn in self.second.turns):
-            failures.append("the second process was served nothing from ssd")
+            failures += _broken_catalog(report.catalog)
+        if not any(turn.loaded_tokens for turn in self.second.turns):
+            failures.append("the second process was served nothing")
+        failures += [f"nothing was served from {tier}" for tier, tokens in self.served_tokens.items() if not tokens]
+        failures += [
+            f"{process.name} ({process.version}), process {process.pid}, was left running"
+            for process in self.left_running
+        ]
         return failures
+
+    @property
+    def served_tokens(self) -> dict[str, int]:
+        """By tier, over all turns."""
+        return {tier: sum(turn.served_tokens.get(tier, 0) for turn in self.turns) for tier in self.tiers}
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for `demo.json`."""
@@ -69,6 +92,10 @@ class Result:
                 "checked": self.first.blocks_checked + self.second.blocks_checked,
                 "wrong": self.first.blocks_wrong + self.second.blocks_wrong,
             },
+            "served_tokens": self.served_tokens,
+            "outages": [asdict(outage) for outage in self.outages],
+            "left_running": [asdict(process) for process in self.left_running],
+            "catalog": asdict(self.first.catalog) if self.first.catalog else None,
             "neighbour": [asdict(report.neighbour) for report in (self.first, self.second) if report.neighbour],
             "turns": [asdict(turn) for turn in self.turns],
             "pool": {"first": self.first.stats, "second": self.second.stats},
@@ -88,15 +115,21 @@ class Result:
             console.print(f"FAILED: {failure}", style="bold red")
 
     def _table(self) -> Table:
-        title = "Tokens of each prompt by where they came from; seconds to the first token"
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True)
+        title = "Tokens of each prompt by the tier they came from; seconds to the first token"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
         table.add_column("chat.turn", no_wrap=True)
-        for name in ("prompt", "ram", "ssd", "cold", "kvpool", "sooner"):
+        table.add_column("prompt", justify="right")
+        for tier in self.tiers:
+            table.add_column(_HEADING.get(tier, tier), justify="right")
+        for name in ("cold", "kvpool", "sooner"):
             table.add_column(name, justify="right")
-        table.add_column("same as\nmemory")
-        table.add_column("same as\ncold")
+        for name in ("as in\nmemory", "as\ncold"):
+            table.add_column(name, justify="right")
         for turn in self.turns:
-            table.add_row(*_cells(turn), end_section=turn is self.first.turns[-1])
+            is_last = turn is self.first.turns[-1] or turn is self.turns[-1]
+            table.add_row(*_cells(turn, self.tiers), end_section=is_last)
+        prompts = sum(turn.prompt_tokens for turn in self.turns)
+        table.add_row("all", f"{prompts:,}", *(f"{tokens:,}" for tokens in self.served_tokens.values()), *[""] * 5)
         return table
 
     def _quotas(self) -> Table:
@@ -113,15 +146,17 @@ class Result:
 
     def _sentences(self) -> list[str]:
         headline, blocks = self.headline, self.as_json()["blocks"]
-        evicted = self.first.stats["write_behind"]["saved_blocks"]
+        saved = self.first.stats["write_behind"]["saved_blocks"]
         return [
             f"A prompt of {headline.prompt_tokens:,} tokens again: first token after {headline.pool_s:.3f} s, "
             f"{headline.times_sooner_than_cold:.0f} times sooner than cold ({headline.cold_s:.2f} s).",
             f"With its DynamicCache in memory already: {headline.memory_same_tokens_s:.3f} s from the same "
             f"{headline.loaded_tokens:,} tokens ({headline.against_memory_same_tokens:.2f} times), "
             f"{headline.memory_s:.3f} s when only the last token is missing ({headline.against_memory:.2f} times).",
-            f"Blocks of {self.first.block_tokens} tokens: {blocks['stored']} stored, {evicted} written to ssd by the "
+            f"Blocks of {self.first.block_tokens} tokens: {blocks['stored']} stored, {saved} written to ssd by the "
             f"first process, {blocks['checked']} loaded and compared with what was stored, {blocks['wrong']} wrong.",
+            *_outages_sentence(self.outages),
+            *_catalogs_sentence(self.first.catalog),
             *_neighbours_sentence(self.first.neighbour),
             "Same as memory: the answer is that of a run which goes on from the same cache kept in memory. A cold",
             "prefill may differ in the last bits, for floating point is not associative, and so in a token.",
@@ -149,12 +184,11 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _cells(turn: TurnReport) -> tuple[str, ...]:
+def _cells(turn: TurnReport, tiers: Sequence[str]) -> tuple[str, ...]:
     return (
         f"{turn.tenant} {turn.chat}.{turn.turn}",
         f"{turn.prompt_tokens:,}",
-        _tokens(turn.served_tokens, "ram"),
-        _tokens(turn.served_tokens, "ssd"),
+        *(_tokens(turn, tier) for tier in tiers),
         f"{turn.cold_s:.2f}",
         f"{turn.pool_s:.2f}",
         times(turn) if turn.loaded_tokens else "",
@@ -169,8 +203,11 @@ def times(turn: TurnReport) -> str:
     return f"{ratio:.0f}x" if ratio >= 9.5 else f"{ratio:.1f}x"
 
 
-def _tokens(served: Mapping[str, int], tier: str) -> str:
-    return f"{served[tier]:,}" if tier in served else "-"
+def _tokens(turn: TurnReport, tier: str) -> str:
+    """What a tier served; whether it was out all the same is for those cells that are empty."""
+    if tier in turn.served_tokens:
+        return f"{turn.served_tokens[tier]:,}"
+    return OUT if tier in turn.out else "-"
 
 
 def _broken_quotas(report: ProcessReport) -> list[str]:
@@ -179,6 +216,32 @@ def _broken_quotas(report: ProcessReport) -> list[str]:
         return []
     failures = [] if neighbour.limits_kept else ["the second model held more than its limit"]
     return failures if neighbour.guarantees_kept else [*failures, "the first model lost what is guaranteed to it"]
+
+
+def _broken_catalog(catalog: CatalogReport | None) -> list[str]:
+    if catalog is None:
+        return []
+    failures = [] if catalog.blocks else ["the catalog knows no block of what was stored"]
+    return failures if catalog.similar_prompts != 0 else [*failures, "no prompt was remembered"]
+
+
+def _outages_sentence(outages: Sequence[OutageReport]) -> list[str]:
+    if not outages:
+        return []
+    named = (f"{one.server} {one.how.value} in {one.chat}, back in {one.back_s:.1f} s" for one in outages)
+    return [f"Servers were stopped or killed in the middle: {'; '.join(named)}."]
+
+
+def _catalogs_sentence(catalog: CatalogReport | None) -> list[str]:
+    if catalog is None:
+        return []
+    known = f"The catalog knows {catalog.blocks:,} blocks of {catalog.tenant}'s"
+    if catalog.similar_prompts is None:
+        return [f"{known}."]
+    return [
+        f"{known}; {catalog.similar_prompts} past prompts are like a question that is new, the best of them "
+        f"by {catalog.best_similarity:.2f}."
+    ]
 
 
 def _neighbours_sentence(neighbour: NeighbourReport | None) -> list[str]:

@@ -1,27 +1,61 @@
-"""The demo's two processes: the first plays the chats and closes the pool, the second answers from what lies on SSD."""
+"""The demo's two processes: the first plays the chats and closes the pool, the second answers from what is on disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from kvpool.adapters.transformers import TransformersCache
-from kvpool.config import load_config
+from kvpool.config import RuntimeConfig, load_config
 from kvpool.demo.audit import AuditedPool, Ledger
-from kvpool.demo.chats import CHATS, Chat, handbook
+from kvpool.demo.catalog import CatalogReport, ask_catalog
+from kvpool.demo.chats import CHATS, Chat, half_handbook, handbook
 from kvpool.demo.measure import FirstTokenFigures, first_token, prompt_of
 from kvpool.demo.memory import InMemoryBlocks
-from kvpool.demo.neighbour import PROMPTS_A_ROUND, QUICK_PROMPTS, Neighbour, NeighbourReport
-from kvpool.demo.smollm2 import NAME, ChatModel, is_converted, load_smollm2
+from kvpool.demo.neighbour import PROMPTS_A_ROUND, QUICK_PROMPTS, TENANT, Neighbour, NeighbourReport
+from kvpool.demo.servers import PROCESSES, How, OutageReport, Servers
+from kvpool.demo.smollm2 import NAME, ChatModel, load_smollm2
 from kvpool.demo.turn import Player, TurnReport
 from kvpool.pool.pool import Pool
 
 FIRST, SECOND = "first", "second"
-HEADLINE_TOKENS = 2000
+HEADLINE, HEADLINE_TOKENS, QUICK_HEADLINE_TOKENS = "headline", 2000, 800
+SHARED_DEADLINE_S = 20.0
+"""How long a prompt waits for shared tiers. Long: what is shown must not depend on how busy this machine is."""
+FLUSH_S = 60.0
+TIER_OF = {"dragonfly": "dragonfly", "postgres": "database", "qdrant": "qdrant"}
+"""What is out while the server of this name is."""
+
+
+class Outage(NamedTuple):
+    """A server that is away during one turn."""
+
+    process: int
+    chat: str
+    """Its company and number."""
+    turn: int
+    """From 1 on."""
+    server: str
+    how: How
+
+
+OUTAGES = (
+    Outage(1, "globex 2", 1, "dragonfly", How.STOPPED),
+    Outage(1, "acme 2", 2, "postgres", How.STOPPED),
+    Outage(1, "globex 2", 2, "qdrant", How.KILLED),
+    Outage(1, "acme 1", 3, "postgres", How.KILLED),
+    Outage(1, "acme 2", 3, "dragonfly", How.KILLED),
+    Outage(2, "globex 2", 4, "dragonfly", How.STOPPED),
+)
+QUICK_OUTAGES = (
+    Outage(1, "acme 2", 1, "qdrant", How.KILLED),
+    Outage(1, "globex 2", 1, "dragonfly", How.STOPPED),
+    Outage(2, "globex 1", 2, "postgres", How.STOPPED),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +68,42 @@ class Setting:
     work: Path
     """Where one process leaves what the next needs."""
     quick: bool
+    load_model: Callable[[], ChatModel] = load_smollm2
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """The pool's; quick chats are half as long, and so is the ram tier."""
+        config = load_config(self.pool)
+        if not self.quick:
+            return config
+        plain = config.model_dump(mode="json", by_alias=True)
+        plain["ram"]["capacityBytes"] = config.ram.capacity_bytes // 2
+        return RuntimeConfig.model_validate(plain)
 
     @property
     def chats(self) -> tuple[Chat, ...]:
-        """All chats, or a short one of each tenant."""
-        if not self.quick:
-            return CHATS
-        return tuple(chat._replace(questions=chat.questions[:1]) for chat in CHATS if chat.number == 1)
+        """All chats, or only how each begins."""
+        return tuple(chat._replace(questions=chat.questions[:1]) for chat in CHATS) if self.quick else CHATS
+
+    @property
+    def later_chats(self) -> tuple[Chat, ...]:
+        """Those that go on in the second process."""
+        return tuple(chat for chat in self.chats if chat.number == 1) if self.quick else self.chats
+
+    @property
+    def outages(self) -> tuple[Outage, ...]:
+        """What is stopped when."""
+        return QUICK_OUTAGES if self.quick else OUTAGES
+
+    @property
+    def system_prompt(self) -> str:
+        """How all chats begin."""
+        return half_handbook() if self.quick else handbook()
+
+    @property
+    def headline_tokens(self) -> int:
+        """How long the prompt is whose first token is measured."""
+        return QUICK_HEADLINE_TOKENS if self.quick else HEADLINE_TOKENS
 
     @property
     def rounds(self) -> int:
@@ -71,8 +134,10 @@ class ProcessReport:
     blocks_wrong: int
     stats: dict[str, Any]
     block_tokens: int
+    outages: tuple[OutageReport, ...] = ()
     first_token: FirstTokenFigures | None
     neighbour: NeighbourReport | None
+    catalog: CatalogReport | None = None
 
     def write(self, path: Path) -> None:
         """Write it for the next process."""
@@ -82,129 +147,203 @@ class ProcessReport:
     def read(cls, path: Path) -> "ProcessReport":
         """Read what `write` has written."""
         content = json.loads(path.read_bytes())
-        figures, neighbour = content.pop("first_token"), content.pop("neighbour")
-        turns = tuple(TurnReport(**turn) for turn in content.pop("turns"))
+        figures, neighbour, catalog = (content.pop(name) for name in ("first_token", "neighbour", "catalog"))
+        turns = tuple(TurnReport(**{**turn, "out": tuple(turn["out"])}) for turn in content.pop("turns"))
+        outages = (OutageReport(**{**outage, "how": How(outage["how"])}) for outage in content.pop("outages"))
         return cls(
             **content,
             turns=turns,
+            outages=tuple(outages),
             first_token=FirstTokenFigures(**figures) if figures else None,
             neighbour=NeighbourReport(**neighbour) if neighbour else None,
+            catalog=CatalogReport(**catalog) if catalog else None,
         )
 
 
 def play_first(setting: Setting, console: Console) -> None:
     """Play all chats, turn by turn in rotation, so that each waits while the others need the memory; then close.
 
-    Between the rounds a second model stores more than its share.
+    Between the rounds a second model stores more than its share. Servers are stopped and killed meanwhile. Raises
+    `NotBackError` where one of them is not in use again.
     """
-    with _loaded(setting, console) as (chat_model, pool):
-        for tenant in sorted({chat.tenant for chat in setting.chats}):
-            pool.erase(tenant=tenant)  # what an earlier demo left here is not to be served
-        memory = InMemoryBlocks(pool.config.block_tokens)
-        ledger, player = _player(setting, chat_model, pool, {}, memory)
-        neighbour = Neighbour(pool, ledger, other=NAME)
-        chats: dict[str, list[int]] = {}
-        turns = []
+    with _opened(setting, console) as (chat_model, pool):
+        _forget_an_earlier_demo(pool, setting)
+        stage = Stage(setting, 1, chat_model, pool, console, hashes={}, memory=InMemoryBlocks(pool.config.block_tokens))
         for turn in range(setting.rounds):
             for chat in setting.chats:
                 if turn < len(chat.questions):
-                    turns.append(_play(1, chat, turn, chat.questions[turn], chats, chat_model, player, console))
-            with console.status(f"{setting.neighbours_prompts} prompts of another model, above its share"):
-                neighbour.run(turn * setting.neighbours_prompts, setting.neighbours_prompts)
-        with console.status(f"measuring a prompt of {HEADLINE_TOKENS:,} tokens"):
+                    stage.play(chat, turn, chat.questions[turn])
+            stage.play_neighbour(turn)
+        catalog = stage.ask_catalog()
+        with console.status(f"measuring a prompt of {setting.headline_tokens:,} tokens"):
             figures = _headline(setting, chat_model, pool)
-        report = _report(turns, chats, ledger, player, pool, neighbour, figures)
-        console.print("closing the pool: what is only in ram goes down to ssd", style="dim")
-    memory.save(setting.work / "memory.safetensors")
+        report = stage.report(figures, catalog)
+        console.print("closing the pool: what is only in ram goes down to ssd; its servers are stopped", style="dim")
+    stage.memory.save(setting.work / "memory.safetensors")
     report.write(setting.work / f"{FIRST}.json")
 
 
 def play_second(setting: Setting, console: Console) -> None:
-    """Ask every chat one question more, in a new process, with the pool as the first one left it."""
+    """Ask chats one question more, in a new process, with the pool as the first one left it. Raises `NotBackError`."""
     before = ProcessReport.read(setting.work / f"{FIRST}.json")
-    with _loaded(setting, console) as (chat_model, pool):
+    with _opened(setting, console) as (chat_model, pool):
         restored = pool.stats().restored
-        console.print(f"the pool is open again: {restored.blocks} blocks found on ssd in {restored.seconds:.2f} s")
+        console.print(f"{restored.blocks} blocks found on ssd in {restored.seconds:.2f} s")
         memory = InMemoryBlocks.load(setting.work / "memory.safetensors", pool.config.block_tokens)
-        ledger, player = _player(setting, chat_model, pool, before.hashes, memory)
-        neighbour = Neighbour(pool, ledger, other=NAME)
-        chats = dict(before.chats)
-        turns = [
-            _play(2, chat, len(chat.questions), chat.later, chats, chat_model, player, console)
-            for chat in setting.chats
-        ]
-        neighbour.run((setting.rounds - 1) * setting.neighbours_prompts, setting.neighbours_prompts)
-        report = _report(turns, chats, ledger, player, pool, neighbour, None)
+        stage = Stage(setting, 2, chat_model, pool, console, hashes=before.hashes, memory=memory)
+        stage.chats = dict(before.chats)
+        for chat in setting.later_chats:
+            stage.play(chat, len(chat.questions), chat.later)
+        stage.play_neighbour(setting.rounds - 1)
+        report = stage.report(None, None)
     report.write(setting.work / f"{SECOND}.json")
 
 
+class Stage:
+    """One process's part: a pool, a model on it, and the turns that were played."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        process: int,
+        chat_model: ChatModel,
+        pool: Pool,
+        console: Console,
+        *,
+        hashes: dict[str, str],
+        memory: InMemoryBlocks,
+    ) -> None:
+        self.chats: dict[str, list[int]] = {}
+        self.memory = memory
+        self._setting = setting
+        self._process = process
+        self._chat_model = chat_model
+        self._pool = pool
+        self._console = console
+        self._turns: list[TurnReport] = []
+        self._ledger = Ledger(hashes)
+        cache = TransformersCache(
+            AuditedPool(pool, self._ledger), chat_model.model, name=NAME, shared_deadline_s=SHARED_DEADLINE_S
+        )
+        self._player = Player(chat_model, cache, self._ledger, memory, setting.answer_tokens)
+        self._neighbour = Neighbour(pool, self._ledger, other=NAME)
+        self._servers = Servers(pool, setting.work / PROCESSES)
+        self._servers.wait_until_all_answer()
+
+    def play(self, chat: Chat, turn: int, question: str) -> None:
+        """One turn, counted from 0, with the servers away that are to be. Raises `NotBackError`."""
+        name = f"{chat.tenant} {chat.number}"
+        so_far = self.chats.get(name)
+        prompt = (
+            self._chat_model.follow_up(so_far, question)
+            if so_far
+            else self._chat_model.opening(self._setting.system_prompt, question)
+        )
+        self._settle()
+        with self._away(name, turn + 1) as away, self._console.status(f"{name}, turn {turn + 1}"):
+            fell_out = self._fell_out()
+            report, self.chats[name] = self._player.play(
+                self._process, chat.tenant, chat.number, turn + 1, question, prompt
+            )
+            out = {*away, *(tier for tier, times in self._fell_out().items() if times > fell_out[tier])}
+            self._turns.append(replace(report, out=tuple(sorted(out))))
+            self._tell(name, self._turns[-1])
+
+    def play_neighbour(self, turn: int) -> None:
+        """The second model's part of a round."""
+        count = self._setting.neighbours_prompts
+        with self._console.status(f"{count} prompts of another model, above its share"):
+            self._neighbour.run(turn * count, count)
+
+    def ask_catalog(self) -> CatalogReport | None:
+        """What the catalog says of the first chat, once all answer. None where the pool has none."""
+        if self._pool.config.database is None:
+            return None
+        self._settle()
+        chat = self._setting.chats[0]
+        prompt = self._chat_model.follow_up(self.chats[f"{chat.tenant} {chat.number}"], chat.later)
+        return ask_catalog(self._pool, NAME, chat.tenant, prompt)
+
+    def report(self, figures: FirstTokenFigures | None, catalog: CatalogReport | None) -> ProcessReport:
+        """What was played, once all tiers are in use. Raises `NotBackError`."""
+        self._settle()
+        return ProcessReport(
+            turns=tuple(self._turns),
+            chats=self.chats,
+            hashes=self._ledger.hashes,
+            blocks_stored=self._ledger.stored,
+            blocks_checked=self._ledger.checked,
+            blocks_wrong=len(self._ledger.wrong) + len(self._player.mismatched_copies),
+            stats=asdict(self._pool.stats()),
+            block_tokens=self._pool.config.block_tokens,
+            outages=tuple(self._servers.outages),
+            first_token=figures,
+            neighbour=self._neighbour.report(),
+            catalog=catalog,
+        )
+
+    def _settle(self) -> None:
+        """Let what was stored arrive in all tiers, so that turns do not depend on how busy the machine is."""
+        self._pool.flush(FLUSH_S)
+        self._servers.wait_until_all_answer()
+
+    @contextmanager
+    def _away(self, chat: str, turn: int) -> Iterator[set[str]]:
+        """The tiers that are away during this turn; they are in use again afterwards."""
+        at = (self._process, chat, turn)
+        planned = next((outage for outage in self._setting.outages if outage[:3] == at), None)
+        server = None if planned is None else self._servers.running(planned.server)
+        if planned is None or server is None:
+            yield set()
+            return
+        self._say(f"{server.name} ({server.version}, process {server.pid}) is {planned.how.value} meanwhile")
+        with self._servers.out(server, planned.how, f"{chat}.{turn}"):
+            yield {TIER_OF[server.name]}
+        goes_on = "goes on" if planned.how is How.STOPPED else "was started again"
+        self._say(f"{server.name} {goes_on}, and is in use {self._servers.outages[-1].back_s:.1f} s later")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, style="yellow", highlight=False)
+
+    def _tell(self, name: str, report: TurnReport) -> None:
+        served = ", ".join(f"{tokens:,} from {tier}" for tier, tokens in report.served_tokens.items()) or "none held"
+        self._console.print(
+            f"{name}, turn {report.turn}: {report.prompt_tokens:,} tokens, {served}; "
+            f"first token after {report.pool_s:.2f} s, cold {report.cold_s:.2f} s"
+        )
+        self._console.print(f"  {report.question}", style="dim", highlight=False)
+        self._console.print(f"  {report.answer}", style="dim italic", highlight=False)
+
+    def _fell_out(self) -> dict[str, int]:
+        return {tier.value: shared.fell_out for tier, shared in self._pool.stats().shared.items()}
+
+
 @contextmanager
-def _loaded(setting: Setting, console: Console) -> Iterator[tuple[ChatModel, Pool]]:
-    waiting = "" if is_converted() else " (converting it, once: half a minute)"
-    with console.status(f"loading SmolLM2-135M-Instruct{waiting}"):
-        chat_model = load_smollm2()
-    with Pool.open(load_config(setting.pool), directory=setting.directory) as pool:
-        yield chat_model, pool
+def _opened(setting: Setting, console: Console) -> Iterator[tuple[ChatModel, Pool]]:
+    """The model and the pool; after Ctrl-C it is closed without writing down what is in ram."""
+    with console.status("loading the model; the first time ever it is converted, which takes half a minute"):
+        chat_model = setting.load_model()
+    with console.status("opening the pool: its servers are started"):
+        pool = Pool.open(setting.config, directory=setting.directory)
+    with pool:
+        try:
+            running = "; ".join(f"{server.name}: {server.version}" for server in pool.local_servers())
+            console.print(f"the pool is open; its servers: {running or 'none'}", highlight=False)
+            yield chat_model, pool
+        except KeyboardInterrupt:
+            pool.close(deadline_s=0)
+            raise
 
 
-def _player(
-    setting: Setting, chat_model: ChatModel, pool: Pool, hashes: dict[str, str], memory: InMemoryBlocks
-) -> tuple[Ledger, Player]:
-    ledger = Ledger(hashes)
-    cache = TransformersCache(AuditedPool(pool, ledger), chat_model.model, name=NAME)
-    return ledger, Player(chat_model, cache, ledger, memory, setting.answer_tokens)
-
-
-def _play(
-    process: int,
-    chat: Chat,
-    turn: int,
-    question: str,
-    chats: dict[str, list[int]],
-    chat_model: ChatModel,
-    player: Player,
-    console: Console,
-) -> TurnReport:
-    name = f"{chat.tenant} {chat.number}"
-    so_far = chats.get(name)
-    prompt = chat_model.follow_up(so_far, question) if so_far else chat_model.opening(handbook(), question)
-    with console.status(f"{name}, turn {turn + 1}: {len(prompt):,} tokens, cold, through the pool, and from memory"):
-        report, chats[name] = player.play(process, chat.tenant, chat.number, turn + 1, question, prompt)
-    served = ", ".join(f"{tokens:,} from {tier}" for tier, tokens in report.served_tokens.items()) or "none held"
-    console.print(
-        f"{name}, turn {turn + 1}: {report.prompt_tokens:,} tokens, {served}; "
-        f"first token after {report.pool_s:.2f} s, cold {report.cold_s:.2f} s"
-    )
-    console.print(f"  {question}", style="dim", highlight=False)
-    console.print(f"  {report.answer}", style="dim italic", highlight=False)
-    return report
+def _forget_an_earlier_demo(pool: Pool, setting: Setting) -> None:
+    """What one left in this directory is not to be served."""
+    if pool.known_models():
+        for tenant in sorted({HEADLINE, TENANT, *(chat.tenant for chat in setting.chats)}):
+            pool.erase(tenant=tenant)
 
 
 def _headline(setting: Setting, chat_model: ChatModel, pool: Pool) -> FirstTokenFigures:
     rounds, cold_rounds = (3, 1) if setting.quick else (7, 2)
     cache = TransformersCache(pool, chat_model.model, name=NAME)
-    prompt = prompt_of(chat_model, HEADLINE_TOKENS)
-    return first_token(cache, prompt, rounds=rounds, cold_rounds=cold_rounds, tenant="headline")
-
-
-def _report(
-    turns: list[TurnReport],
-    chats: dict[str, list[int]],
-    ledger: Ledger,
-    player: Player,
-    pool: Pool,
-    neighbour: Neighbour,
-    figures: FirstTokenFigures | None,
-) -> ProcessReport:
-    return ProcessReport(
-        turns=tuple(turns),
-        chats=chats,
-        hashes=ledger.hashes,
-        blocks_stored=ledger.stored,
-        blocks_checked=ledger.checked,
-        blocks_wrong=len(ledger.wrong) + len(player.mismatched_copies),
-        stats=asdict(pool.stats()),
-        block_tokens=pool.config.block_tokens,
-        first_token=figures,
-        neighbour=neighbour.report(),
-    )
+    prompt = prompt_of(chat_model, setting.headline_tokens)
+    return first_token(cache, prompt, rounds=rounds, cold_rounds=cold_rounds, tenant=HEADLINE)

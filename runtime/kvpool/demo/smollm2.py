@@ -84,11 +84,6 @@ def gguf_file() -> Path:
     )
 
 
-def is_converted() -> bool:
-    """Whether loading takes a second, not half a minute."""
-    return converted_directory(gguf_file()).is_dir()
-
-
 def converted_directory(source: Path) -> Path:
     """Where this very file is kept as safetensors: below `$XDG_CACHE_HOME/kvpool`, else below `~/.cache/kvpool`."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

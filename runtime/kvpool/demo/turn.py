@@ -34,6 +34,8 @@ class TurnReport:
     """Generating from the cache in memory; None where the pool had nothing, for that is the cold run."""
     same_as_memory: bool
     same_as_cold: bool
+    out: tuple[str, ...] = ()
+    """Tiers that did not answer at some time during the turn, whoever saw to that."""
 
     @property
     def loaded_tokens(self) -> int:
