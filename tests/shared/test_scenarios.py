@@ -32,13 +32,16 @@ DATABASE: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The files of a PostgreSQL server that was never used: making them takes seconds."""
     directory = tmp_path_factory.mktemp("new")
     server = local_postgres(directory, connections=6)
-    server.start(DEADLINE_S)
-    server.stop(DEADLINE_S)
-    return server.folder.parent
+    try:
+        server.start(DEADLINE_S)
+    finally:
+        server.stop(DEADLINE_S)
+    yield server.folder.parent
+    shutil.rmtree(directory)
 
 
 class Site:
@@ -104,8 +107,9 @@ def opened(config: RuntimeConfig, directory: Path) -> Iterator[Pool]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, new_database: Path) -> Site:
-    return Site(tmp_path, new_database)
+def site(tmp_path: Path, new_database: Path) -> Iterator[Site]:
+    yield Site(tmp_path / "site", new_database)
+    shutil.rmtree(tmp_path / "site")  # large, and pytest keeps what it finds for days
 
 
 def test_five_tier_waterfall(site: Site) -> None:
