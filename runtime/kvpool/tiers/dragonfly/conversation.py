@@ -3,7 +3,7 @@
 from kvpool.tiers.dragonfly.commands import Answer, Command, ServerError
 from kvpool.tiers.dragonfly.connections import Connections
 from kvpool.tiers.dragonfly.exchange import Exchange
-from kvpool.tiers.dragonfly.faults import LostError
+from kvpool.tiers.dragonfly.faults import FaultError, LostError, RefusedError
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.wire import Wire
 
@@ -29,8 +29,8 @@ class Conversation:
             self.close()
             raise
 
-    def finish(self) -> str:
-        """Take the answers; what the server said of itself as a whole, where that was an error. Raises `FaultError`."""
+    def finish(self) -> FaultError | None:
+        """Take the answers. What the server said of itself as a whole, where that was an error. Raises `FaultError`."""
         assert self._wire is not None
         try:
             self._exchange.finish()
@@ -40,23 +40,22 @@ class Conversation:
             self._ask_rest_anew()
         wire, self._wire = self._wire, None
         errors = [
-            at for at, answer in enumerate(self.answers) if isinstance(answer, ServerError) and answer.is_of_the_tier
+            (command.is_extra, answer.text)
+            for command, answer in zip(self._commands, self.answers, strict=True)
+            if isinstance(answer, ServerError) and answer.is_of_the_tier
         ]
         if not errors:
             self._pool.give_back(wire)
-            return ""
+            return None
         self._pool.discard(wire)  # the address may mean another server by now
-        return next((f"{wire.peer}: {self._text(at)}" for at in errors if not self._commands[at].is_extra), "")
+        faults = [text for is_extra, text in errors if not is_extra]
+        return RefusedError(f"{wire.peer}: {faults[0]}") if faults else None
 
     def close(self) -> None:
         """Close the connection, if it is still borrowed: nobody knows what would come on it."""
         wire, self._wire = self._wire, None
         if wire is not None:
             self._pool.discard(wire)
-
-    def _text(self, at: int) -> str:
-        answer = self.answers[at]
-        return answer.text if isinstance(answer, ServerError) else ""
 
     def _ask_rest_anew(self) -> None:
         """Ask for what was not answered on a new connection."""

@@ -2,7 +2,8 @@
 
 Requests to several nodes are sent before the first answer is waited for. A connection that was used before and turns
 out to be closed is replaced once: all that is asked for here may be asked for twice. In a cluster, a `MOVED` or `ASK`
-is followed once, and a node that failed is let alone for `PAUSE_S`, so that it does not cost every call a budget.
+is followed once, and a node that failed is let alone for `PAUSE_S`, so that it does not cost every call a budget. (A
+node that stalls while it is connected to costs one of its own.)
 """
 
 import threading
@@ -46,6 +47,10 @@ class Answers:
         return len(self.faults) >= self.asked > 0
 
 
+class _PausedError(RefusedError):
+    """A node is let alone for now."""
+
+
 class _Part(NamedTuple):
     """What one server is asked, and whose answers those are; -1: nobody's."""
 
@@ -63,6 +68,7 @@ class Servers:
         self._lock = threading.Lock()
         self._pools: dict[Node | None, Connections] = {}
         self._paused: dict[Node | None, tuple[float, str]] = {}
+        """Nodes that failed the last time: until when they are let alone, and why."""
         self._closed = False
         self._asking_topology = threading.Lock()
         self._topology: Topology | None = None
@@ -120,28 +126,34 @@ class Servers:
     def _round(self, parts: Sequence[_Part], answers: Answers, patience: Patience, at_once: int) -> None:
         """Ask every part of its server; what comes is put into `answers`.
 
-        Connections are borrowed in the nodes' order: two calls that wait for each other's would wait in vain.
+        Connections are borrowed in the nodes' order: two calls that wait for each other's would wait in vain. Nodes
+        that failed the last time come after the others, which have been asked by the time that those fail again.
         """
         begun: list[tuple[_Part, Conversation]] = []
         try:
-            for part in sorted(parts, key=lambda part: part.node or ("", 0)):
+            for part in sorted(parts, key=lambda part: (part.node in self._paused, part.node or ("", 0))):
                 try:
                     self._check_pause(part.node)
                     conversation = Conversation(self._pool(part.node), part.commands, patience, at_once)
-                except FaultError as fault:
-                    self._failed(part.node, str(fault), answers)
+                except FaultError as error:
+                    self._pause(part.node, error)
+                    answers.faults.append(str(error))
+                    patience.moved()  # those that come now have not been asked yet
                 else:
                     begun.append((part, conversation))
             for part, conversation in begun:
                 try:
-                    fault_said = conversation.finish()
-                except FaultError as fault:
-                    fault_said = str(fault)
+                    fault = conversation.finish()
+                except FaultError as error:
+                    fault = error
                 for position, answer in zip(part.positions, conversation.answers, strict=False):
                     if position >= 0:
                         answers.each[position] = answer
-                if fault_said:
-                    self._failed(part.node, fault_said, answers)
+                if fault is None:
+                    self._paused.pop(part.node, None)
+                else:
+                    self._pause(part.node, fault)
+                    answers.faults.append(str(fault))
         finally:
             for _, conversation in begun:
                 conversation.close()
@@ -164,23 +176,16 @@ class Servers:
             part.positions.append(at)
         return list(parts.values())
 
-    def _failed(self, node: Node | None, fault: str, answers: Answers) -> None:
-        answers.faults.append(fault)
-        self._pause(node, fault)
-
-    def _pause(self, node: Node | None, fault: str) -> None:
+    def _pause(self, node: Node | None, fault: FaultError) -> None:
         """Let a node of a cluster alone for a while; the address itself is for others to let alone."""
-        if node is not None:
+        if node is not None and not isinstance(fault, _PausedError):
             self._outdated = True
-            with self._lock:
-                self._paused.setdefault(node, (time.monotonic() + PAUSE_S, fault))
+            self._paused[node] = time.monotonic() + PAUSE_S, str(fault)
 
     def _check_pause(self, node: Node | None) -> None:
-        with self._lock:
-            until_s, fault = self._paused.get(node, (0.0, ""))
-            if time.monotonic() < until_s:
-                raise RefusedError(f"a moment ago: {fault}")
-            self._paused.pop(node, None)
+        until_s, fault = self._paused.get(node, (0.0, ""))
+        if time.monotonic() < until_s:
+            raise _PausedError(f"a moment ago: {fault}")
 
     def _pool(self, node: Node | None) -> Connections:
         with self._lock:
@@ -198,24 +203,24 @@ class Servers:
     def _learn(self, known: Topology | None, patience: Patience) -> None:
         """Ask the nodes that are known, then the address, what the cluster looks like.
 
-        Raises `FaultError` where nobody says and nothing was known before, or where that took all patience.
+        Where nobody says, what was known counts for a while longer. Raises `FaultError` if that is nothing.
         """
         self._asked_at_s = time.monotonic()
         self._outdated = False
         failed: FaultError | None = None
-        for node in dict.fromkeys((*(known or Topology()).masters, None)):
+        masters = sorted((known or Topology()).masters, key=self._paused.__contains__)
+        for node in dict.fromkeys((*masters, None)):
             try:
                 self._check_pause(node)
                 self._topology = self._asked_topology(node, patience)
             except FaultError as fault:
                 failed = fault
-                self._pause(node, str(fault))
-                if isinstance(fault, StalledError):
-                    break
+                self._pause(node, fault)
+                patience.moved()
             else:
                 return self._forget_others(self._topology)
         self._outdated = True
-        if failed is not None and (known is None or isinstance(failed, StalledError)):
+        if failed is not None and known is None:
             raise failed
         return None
 
@@ -226,8 +231,8 @@ class Servers:
             [answer] = conversation.answers
         finally:
             conversation.close()
-        if fault:
-            raise RefusedError(fault)
+        if fault is not None:
+            raise fault
         return topology_of(answer, conversation.host)
 
     def _forget_others(self, topology: Topology) -> None:
@@ -235,9 +240,9 @@ class Servers:
         kept = {None, *topology.masters}
         with self._lock:
             gone = [self._pools.pop(node) for node in list(self._pools) if node not in kept]
-            for node in list(self._paused):
-                if node not in kept:
-                    del self._paused[node]
+        for node in list(self._paused):
+            if node not in kept:
+                self._paused.pop(node, None)
         for pool in gone:
             pool.retire()
 
