@@ -11,6 +11,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.remote.catalog import PoolCatalog
 from kvpool.pool.remote.parts import Remote
+from kvpool.pool.remote.prompts import PromptMemory
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
 from tests.pool.kv import DEADLINE_S, MIB, config, eventually, flushed, loaded_blocks
@@ -21,6 +22,8 @@ DRAGONFLY, POSTGRES = "dragonfly", "postgres"
 """The folders of the two services."""
 PATIENT_S = 10.0
 """The budget of tiers in tests that are not about budgets: one that a busy machine keeps."""
+EMBEDDED_QDRANT: Mapping[str, Any] = {"qdrant": {"tls": False}}
+"""Among `database_options`: prompts are remembered by a Qdrant of the pool's own."""
 
 
 def shared_config(
@@ -85,6 +88,12 @@ def catalog_of(pool: Pool) -> PoolCatalog:
     catalog = pool._engine.catalog
     assert catalog is not None
     return catalog
+
+
+def prompts_of(pool: Pool) -> PromptMemory:
+    prompts = pool._engine.prompts
+    assert prompts is not None
+    return prompts
 
 
 def reported(pool: Pool) -> None:

@@ -18,7 +18,16 @@ from tests.local.servers import Server
 from tests.pool.kv import MIB, check, eventually, flushed, load, matched, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
 
-from .pools import catalog_of, in_normal_mode, looked_up, open_shared, remote_of, reported
+from .pools import (
+    EMBEDDED_QDRANT,
+    catalog_of,
+    in_normal_mode,
+    looked_up,
+    open_shared,
+    prompts_of,
+    remote_of,
+    reported,
+)
 
 DRAGONFLY, DATABASE, RAM, SSD = TierName.DRAGONFLY, TierName.DATABASE, TierName.RAM, TierName.SSD
 GONE, STAYS = "gone", "stays"
@@ -91,6 +100,20 @@ def test_erasing_covers_every_tier_of_every_node(tmp_path: Path, dragonfly: Path
             assert len(trees_of_tenant(pool, STAYS)) == 1
             assert matched(pool.model("m"), prompt(blocks, seed), GONE) == 0
             assert load(pool.model("m"), prompt(blocks, seed), STAYS) == blocks
+
+
+def test_vectors_of_an_erased_tenants_prompts_go_too(tmp_path: Path, postgres: Path) -> None:
+    with open_shared(tmp_path / "one", database=postgres, database_options=EMBEDDED_QDRANT) as pool:
+        model = pool.register(spec())
+        for seed in range(3):
+            store(model, prompt(4, seed), GONE)
+        store(model, prompt(4, seed=1), STAYS)
+        assert prompts_of(pool).flush(CLEARED_S)
+        vectors = prompts_of(pool)._vectors
+        assert vectors is not None
+        assert vectors.count() == 4
+        pool.erase(tenant=GONE)
+        eventually(lambda: vectors.count() == 1, "only the other tenant's is left")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tests.local.servers import runs
 from tests.pool.kv import MIB, check, empty_ram, eventually, load, prompt, spec, store
 
 from .neighbour import neighbour
-from .pools import in_normal_mode, looked_up, open_shared, reported, shared_config
+from .pools import EMBEDDED_QDRANT, in_normal_mode, looked_up, open_shared, prompts_of, reported, shared_config
 
 DRAGONFLY, DATABASE, RAM = TierName.DRAGONFLY, TierName.DATABASE, TierName.RAM
 MANAGED: dict[str, Any] = {"dragonfly": {"memoryBytes": 64 * MIB}, "database": {}}
@@ -54,6 +54,25 @@ def test_a_server_that_is_killed_is_started_again_by_the_pool_and_serves_hits(tm
             empty_ram(pool)
             assert looked_up(model, tokens) == {DRAGONFLY: 8}
         check(pool, [])
+
+
+def test_a_qdrant_that_is_killed_is_started_again_and_remembers_what_it_did(tmp_path: Path, postgres: Path) -> None:
+    with open_shared(tmp_path / "pool", database=postgres, database_options=EMBEDDED_QDRANT) as pool:
+        model, prompts = pool.register(spec()), prompts_of(pool)
+        in_normal_mode(pool, START_S)
+        store(model, prompt(8, seed=1))
+        assert prompts.flush(START_S)
+        killed = pid_of(pool, "qdrant")
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        store(model, prompt(8, seed=2))
+        assert looked_up(model, prompt(8, seed=2)) == {RAM: 8}, "nobody waits for it"
+        eventually(lambda: prompts.flush(1.0), "what was asked for meanwhile is remembered", START_S)
+        assert runs_anew(pool, "qdrant", killed), "it is started by who needs it"
+        in_normal_mode(pool, START_S)
+        vectors = prompts._vectors
+        assert vectors is not None
+        eventually(lambda: vectors.count() == 2, "both are")
 
 
 def test_a_pool_that_is_killed_leaves_no_server_behind_and_the_next_one_finds_what_it_had(tmp_path: Path) -> None:
