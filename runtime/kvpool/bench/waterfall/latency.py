@@ -15,7 +15,7 @@ from kvpool.bench.engine.pools import KIB, OpenModel, Prompts, layout_of
 from kvpool.bench.probes import Memcpy, RawDisk
 from kvpool.bench.rounds import of_pairs, percentile
 from kvpool.bench.row import Figure, Row
-from kvpool.bench.waterfall.loopback import Loopback
+from kvpool.bench.shared.dragonfly_loopback import Loopback
 from kvpool.bench.waterfall.memory import EngineNumbers
 from kvpool.bench.waterfall.nodes import BUDGET_S, Nodes
 from kvpool.pool.model import Model
@@ -54,7 +54,7 @@ def _probe(tier: TierName, conditions: Conditions) -> Iterator[Probe | None]:
             yield partial(memcpy.copy_some, PROMPT_BLOCKS)
         case TierName.DRAGONFLY:
             with Loopback(nbytes) as loopback:
-                yield partial(loopback.receive, nbytes)
+                yield loopback.receive
         case TierName.SSD:
             each = nbytes // DISK_DEPTH
             with RawDisk(conditions.directory / "raw", block_bytes=each, blocks=DISK_DEPTH, depth=DISK_DEPTH) as raw:
