@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from random import Random
 
@@ -610,6 +611,11 @@ def _store_for_ever(folder: Path, seed: int) -> None:
     Traffic(Database(folder)).work(seed, may_fail=False)
 
 
+def _goes_on(writers: list[SpawnProcess]) -> bool:
+    assert all(writer.is_alive() for writer in writers), "a writer failed"
+    return True
+
+
 def test_the_counters_are_right_after_writers_were_killed(database: Database) -> None:
     database.tier().trim()
     processes = multiprocessing.get_context("spawn")
@@ -622,10 +628,8 @@ def test_the_counters_are_right_after_writers_were_killed(database: Database) ->
         [(before,)] = database.sql(written)
         for writer in writers:
             writer.start()
-        after = before
-        while after < before + 3_000_000:
-            assert all(writer.is_alive() for writer in writers), "a writer failed"
-            [(after,)] = database.sql(written)
+        enough = before + 3_000_000
+        until(lambda writers=writers, enough=enough: _goes_on(writers) and database.sql(written) > [(enough,)])  # type: ignore[misc]
         for writer in writers:
             writer.kill()
             writer.join()
