@@ -120,6 +120,9 @@ class Shared:
     def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
         """There are none."""
 
+    def tend(self) -> None:
+        """There is nothing to be done."""
+
     def reconfigure(self, config: RuntimeConfig) -> None:
         """There is nothing to be changed."""
 

@@ -141,6 +141,7 @@ class PostgresRecipe:
             "wal_level": "minimal",  # nobody replicates
             "max_wal_senders": "0",
             "max_wal_size": "512MB",
+            "autovacuum_naptime": "5s",  # records come and go: their room is wanted again soon
             "temp_file_limit": "1GB",
             "jit": "off",  # the catalog's queries are short
             "log_destination": "stderr",

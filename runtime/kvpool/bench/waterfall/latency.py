@@ -15,7 +15,7 @@ from kvpool.bench.engine.pools import KIB, OpenModel, Prompts, layout_of
 from kvpool.bench.probes import Memcpy, RawDisk
 from kvpool.bench.rounds import of_pairs, percentile
 from kvpool.bench.row import Figure, Row
-from kvpool.bench.shared.dragonfly_loopback import Loopback
+from kvpool.bench.loopback import Loopback
 from kvpool.bench.waterfall.memory import EngineNumbers
 from kvpool.bench.waterfall.nodes import BUDGET_S, Nodes
 from kvpool.pool.model import Model

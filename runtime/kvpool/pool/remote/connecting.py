@@ -33,6 +33,10 @@ class Connector(Protocol):
         """Replace what models may have in the tier. For models that are not named there is no limit."""
         ...
 
+    def tend(self) -> None:
+        """Do what is to be done from time to time. Raises `TierUnavailableError`."""
+        ...
+
     def reconfigure(self, config: RuntimeConfig) -> None:
         """Take over what of another configuration can change while the pool is open."""
         ...

@@ -44,6 +44,7 @@ class DatabaseConnector:
         self._record_bytes_of = record_bytes_of
         self._server: LocalServer | None = None
         self._tier: PayloadTier | None = None
+        self._is_trimmed = False
         self._limits: Mapping[Fingerprint, Limit] = {}
 
     @property
@@ -90,10 +91,17 @@ class DatabaseConnector:
     def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
         """As `Connector` says; kept by the database, for all processes together, for each revision by itself."""
         before, self._limits = self._limits, limits
+        self._is_trimmed = self._is_trimmed and before == limits
         if self._tier is not None:
             for fingerprint in {*before, *limits}:
                 limit = limits.get(fingerprint)
                 self._tier.set_limit(fingerprint, None if limit is None else limit.nbytes)
+
+    def tend(self) -> None:
+        """As `Connector` says: brings about limits that were lowered."""
+        if self._tier is not None and not self._is_trimmed:
+            self._tier.trim()
+            self._is_trimmed = True
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""

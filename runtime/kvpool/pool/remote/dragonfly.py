@@ -82,6 +82,9 @@ class DragonflyConnector:
         if self._limited is not None:
             self._limited.set_limits(limits)
 
+    def tend(self) -> None:
+        """As `Connector` says: nothing, the server forgets by itself."""
+
     def reconfigure(self, config: RuntimeConfig) -> None:
         """As `Connector` says."""
         if config.dragonfly is None:

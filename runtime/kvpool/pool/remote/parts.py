@@ -151,7 +151,14 @@ class Remote:
             self.begin_round,
             self.connect,
             *(store.note_usage for store in self.stores),
+            self.tend,
         ]
+
+    def tend(self) -> None:
+        """Have connectors do what is to be done from time to time, where their tier is in use."""
+        for store, connector in zip(self.stores, self._connectors, strict=True):
+            if store.usable:
+                self._noting(store, connector.tend)()
 
     def connect(self) -> None:
         """Start servers of ours that do not run, all at once; then connect what is not, and probe what is out.

@@ -1,6 +1,6 @@
-"""The probe of the dragonfly tier: another process that sends and takes as many bytes over loopback TCP.
+"""A probe for tiers across a socket: another process that sends and takes as many bytes over loopback TCP.
 
-It runs this file by its path, for the package around it imports every other benchmark of the area.
+It runs this file by its path, for a package's modules are not wanted there.
 """
 
 import socket
