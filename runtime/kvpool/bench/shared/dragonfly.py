@@ -10,10 +10,10 @@ from pathlib import Path
 from time import perf_counter
 
 from kvpool.bench.area import Conditions, UnmeasurableError
+from kvpool.bench.loopback import Loopback
 from kvpool.bench.probes import touched
 from kvpool.bench.rounds import beside, bytes_per_second, seconds_per_call
 from kvpool.bench.row import Row, Target, at_least, ratio_at_least, ratio_at_most
-from kvpool.bench.loopback import Loopback
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.config.service import ServiceAddress, read_service
