@@ -102,9 +102,10 @@ def _run_half(
 
     command = [sys.executable, "-m", "kvpool.demo", "--step", step, "--pool", str(options.pool)]
     command += ["--directory", str(directory), "--work", str(work), *(["--quick"] if options.quick else [])]
-    offline = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    settings |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait must not take the cores from the pool's servers
     try:
-        code = _wait_for(subprocess.Popen(command, env={**os.environ, **offline}), console)  # noqa: S603 - ourselves
+        code = _wait_for(subprocess.Popen(command, env={**os.environ, **settings}), console)  # noqa: S603 - ourselves
     finally:
         stayed = [process for process in left_running(read_processes(work / PROCESSES)) if process not in left]
         for process in stayed:

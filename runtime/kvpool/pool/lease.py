@@ -122,7 +122,7 @@ class Lease:
         self._say_where_from(loaded, served)
         model.count_loaded(pin.depth, served)
         remote = model._engine.remote
-        if remote is not None and (served[TierName.SSD] or served[TierName.DATABASE]):
+        if remote is not None and (served[TierName.SSD] or served[TierName.DATABASE] or served[TierName.DRAGONFLY]):
             remote.promote(pin)
         return loaded * model.layout.block_tokens
 

@@ -145,9 +145,7 @@ def _absent(shared: OpenModel, conditions: Conditions) -> Iterator[Row]:
     """`Lease.wait` for what nobody has, beside a bare round trip of the slower tier with as many keys."""
     folder = shared.pool.directory / "local" / "postgres" / "service"
     address = read_service(folder, schemes=("postgresql", "postgres"))
-    with psycopg.connect(
-        address.url, user=address.username, password=address.password, autocommit=True
-    ) as bare:
+    with psycopg.connect(address.url, user=address.username, password=address.password, autocommit=True) as bare:
         for blocks, name in ABSENT:
             prompts = Prompts(seed=3)
             calls = conditions.scaled(LOOKUPS, least=5)

@@ -12,10 +12,10 @@ from time import perf_counter
 from kvpool.api import Eviction
 from kvpool.bench.area import Conditions, UnmeasurableError
 from kvpool.bench.engine.pools import KIB, OpenModel, Prompts, layout_of
+from kvpool.bench.loopback import Loopback
 from kvpool.bench.probes import Memcpy, RawDisk
 from kvpool.bench.rounds import of_pairs, percentile
 from kvpool.bench.row import Figure, Row
-from kvpool.bench.loopback import Loopback
 from kvpool.bench.waterfall.memory import EngineNumbers
 from kvpool.bench.waterfall.nodes import BUDGET_S, Nodes
 from kvpool.pool.model import Model

@@ -109,7 +109,10 @@ class Remote:
         self._send(parcel, self.senders)
 
     def promote(self, pin: Pin) -> None:
-        """The pinned blocks were read from a tier slower than dragonfly: see that they are there too. Never waits."""
+        """The pinned blocks were read from dragonfly or a slower tier: see that all are there, the first ones longest.
+
+        Who read a prompt's end alone has made that live longer than its beginning. Never waits.
+        """
         faster = [sender for sender in self.senders if sender.store.name is TierName.DRAGONFLY]
         if faster and faster[0].store.writable:
             self._send(used_parcel(self._index, pin, None), faster)
