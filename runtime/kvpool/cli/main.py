@@ -310,7 +310,11 @@ def replay(
 @app.command()
 def bench(
     area: Annotated[
-        str, typer.Argument(metavar="AREA", help="What to measure: codecs, engine, gpu, prefetch, quality, shared, sharing, waterfall.")
+        str,
+        typer.Argument(
+            metavar="AREA",
+            help="What to measure: codecs, engine, gpu, prefetch, quality, shared, sharing, waterfall.",
+        ),
     ] = "engine",
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A benchmark, or a row of one. May be given several times.")
