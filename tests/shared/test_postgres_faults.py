@@ -22,7 +22,7 @@ from kvpool.tiers.tier import TierName
 from tests.local.clients import postgres_client
 from tests.local.servers import Server
 from tests.pool.crashing import TINY
-from tests.pool.kv import BLOCK_TOKENS, KIB, MIB, check, empty_ram, eventually, flushed, load, prompt, spec, store
+from tests.pool.kv import BLOCK_TOKENS, MIB, check, empty_ram, eventually, flushed, load, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
 
 from .pools import catalog_of, in_normal_mode, looked_up, open_shared, reported
@@ -100,7 +100,7 @@ def test_rows_of_ten_thousand_stores_arrive_once_though_the_server_is_killed_twi
 def test_of_rows_that_a_small_journal_cannot_hold_the_oldest_are_dropped_and_counted(
     tmp_path: Path, own_postgres: Server
 ) -> None:
-    options = {**ROWS_ONLY, "journalBytes": 256 * KIB}
+    options = {**ROWS_ONLY, "journalBytes": MIB}
     with open_shared(tmp_path / "pool", database=own_postgres.folder, database_options=options, ram=160 * MIB) as pool:
         model = pool.register(spec(layout=TINY))
         for number in range(500):
@@ -182,17 +182,23 @@ def payloads(service: Path) -> int:
 @contextmanager
 def without_connections(service: Path) -> Iterator[None]:
     """For the time of the block others have all of the server's connections."""
-    with ExitStack() as stack, postgres_client(service) as first:
+    with ExitStack() as stack:
+        ours = [stack.enter_context(postgres_client(service))]
         while True:
             try:
-                stack.enter_context(postgres_client(service))
+                ours.append(stack.enter_context(postgres_client(service)))
             except psycopg.OperationalError:
-                ended = first.execute(
-                    "select count(pg_terminate_backend(pid)) from pg_stat_activity where application_name = 'kvpool'"
-                ).fetchone()
-                if ended == (0,):
+                pids = [connection.info.backend_pid for connection in ours]
+                if ours[0].execute(_END_OTHERS, [pids]).fetchone() == (0,):
                     break
         yield
+
+
+_END_OTHERS: LiteralString = """
+    select count(pg_terminate_backend(pid)) from pg_stat_activity
+    where backend_type = 'client backend' and coalesce(datname, current_database()) = current_database()
+        and pid <> all(%s)
+"""
 
 
 def test_a_server_without_a_free_connection_is_as_one_that_is_away(tmp_path: Path, own_postgres: Server) -> None:
