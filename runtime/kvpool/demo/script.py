@@ -299,8 +299,8 @@ class Stage:
         self._say(f"{server.name} ({server.version}, process {server.pid}) is {planned.how.value} meanwhile")
         with self._servers.out(server, planned.how, f"{chat}.{turn}"):
             yield {TIER_OF[server.name]}
-        goes_on = "goes on" if planned.how is How.STOPPED else "was started again"
-        self._say(f"{server.name} {goes_on}, and is in use {self._servers.outages[-1].back_s:.1f} s later")
+        since = "after it went on" if planned.how is How.STOPPED else "after the kill, started again by the pool"
+        self._say(f"{server.name} is in use {self._servers.outages[-1].back_s:.1f} s {since}")
 
     def _say(self, text: str) -> None:
         self._console.print(text, style="yellow", highlight=False)

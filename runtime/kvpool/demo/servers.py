@@ -3,20 +3,22 @@
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from kvpool.errors import KvpoolError
 from kvpool.pool.pool import Pool
 from kvpool.pool.remote.servers import RunningServer
 from kvpool.resilience import Degradation
 
-BACK_S = 120.0
-"""How long a server may take until it is in use again; seconds, where the machine is not busy with other things."""
+BACK_S = 180.0
+"""How long a server may take until it is in use again: much longer than the seconds that it is on an idle machine."""
 PROCESSES = "processes.jsonl"
 """The file that names every server's process that was seen."""
 GONE_S = 60.0
@@ -65,7 +67,7 @@ class OutageReport:
     chat: str
     """During which turn: as `acme 2.1`."""
     back_s: float
-    """From when it went on, or was killed, until the pool used it again."""
+    """From when it went on, or was killed, until the pool had it in use."""
 
 
 class Servers:
@@ -108,40 +110,58 @@ class Servers:
 
         Whatever happens meanwhile, also Ctrl-C, it goes on afterwards. Raises `NotBackError`.
         """
-        began = time.monotonic()
-        if how is How.KILLED:
-            os.kill(server.pid, signal.SIGKILL)
-            yield
-        else:
-            halted: list[int] = []
-            try:
-                _halt(server.pid, halted)
+        if how is How.STOPPED:
+            with _halted(server.pid):
                 yield
-            finally:
-                began = time.monotonic()
-                _let_go_on(halted)
-        self._wait_until_used(server, how)
-        back_s = time.monotonic() - began
-        self.outages.append(
-            OutageReport(server=server.name, version=server.version, how=how, chat=chat, back_s=back_s)
-        )  # fmt: skip
+        with _Watch(lambda: self._is_used(server, how)) as watch:
+            if how is How.KILLED:
+                _signal(server.pid, signal.SIGKILL)
+                yield
+            back_s = watch.wait(BACK_S)
+        if back_s is None:
+            reason = f"{server.name} was {how.value}, and is not in use {BACK_S:.0f} s later: {self._last_errors()}"
+            raise NotBackError(reason)
+        outage = OutageReport(server=server.name, version=server.version, how=how, chat=chat, back_s=back_s)
+        self.outages.append(outage)
 
-    def _wait_until_used(self, server: RunningServer, how: How) -> None:
-        end = time.monotonic() + BACK_S
-        while True:
-            now = self.running(server.name)
-            is_there = now is not None and (how is How.STOPPED or now.pid != server.pid)
-            if is_there and DEGRADATIONS[server.name] not in self._pool.degradations():
-                return
-            if time.monotonic() >= end:
-                raise NotBackError(
-                    f"{server.name} was {how.value}, and is not in use {BACK_S:.0f} s later: {self._last_errors()}"
-                )
-            time.sleep(_POLL_S)
+    def _is_used(self, server: RunningServer, how: How) -> bool:
+        now = self.running(server.name)
+        is_there = now is not None and (how is How.STOPPED or now.pid != server.pid)
+        return is_there and DEGRADATIONS[server.name] not in self._pool.degradations()
 
     def _last_errors(self) -> str:
         tiers = self._pool.stats().tiers
         return "; ".join(f"{name}: {tier.last_error}" for name, tier in tiers.items() if tier.last_error)
+
+
+class _Watch:
+    """Waits, on a thread of its own, until something is so; for the time of a context."""
+
+    def __init__(self, is_so: Callable[[], bool]) -> None:
+        self._is_so = is_so
+        self._began = time.monotonic()
+        self._seconds: float | None = None
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="demo-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up.set()
+        self._thread.join()
+
+    def wait(self, deadline_s: float) -> float | None:
+        """How long it took from the start; None where it is not so at the deadline, which begins now."""
+        self._thread.join(deadline_s)
+        return self._seconds
+
+    def _run(self) -> None:
+        while not self._is_so():
+            if self._given_up.wait(_POLL_S):
+                return
+        self._seconds = time.monotonic() - self._began
 
 
 def read_processes(file: Path) -> list[Process]:
@@ -163,22 +183,26 @@ def left_running(processes: Sequence[Process], deadline_s: float = GONE_S) -> li
     return []
 
 
-def _halt(pid: int, halted: list[int]) -> None:
-    """Stop a process and all that it has started; each is in `halted` before it is stopped."""
-    waiting = [pid]
-    while waiting:
-        for process in waiting:
-            halted.append(process)
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGSTOP)
-        waiting = [process for process in _descendants(pid) if process not in halted]  # started until just now
+@contextmanager
+def _halted(pid: int) -> Iterator[None]:
+    """A process and all that it has started stand still for the time of the context."""
+    halted: list[int] = []
+    try:
+        waiting = [pid]
+        while waiting:
+            for process in waiting:
+                halted.append(process)
+                _signal(process, signal.SIGSTOP)
+            waiting = [process for process in _descendants(pid) if process not in halted]  # started until just now
+        yield
+    finally:
+        for process in reversed(halted):  # children first, so that their parent finds them awake
+            _signal(process, signal.SIGCONT)
 
 
-def _let_go_on(halted: Sequence[int]) -> None:
-    """Children first, so that their parent finds them awake."""
-    for process in reversed(halted):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGCONT)
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, number)
 
 
 def _descendants(pid: int) -> list[int]:
