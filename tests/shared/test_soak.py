@@ -22,7 +22,8 @@ from tests.pool.kv import MIB, WIDE, check, eventually, flushed
 from .pools import catalog_of, open_shared, remote_of
 from .soak import LONGEST_S, PROMPTS, SHORTEST_S, TENANTS, Ill, ask, in_use, schedule
 
-SHORT_S, LONG_S = 20.0, 180.0
+SHORT_S, LONG_S = 15.0, 180.0
+"""After a quarter of that, in which the pool gets warm."""
 SEED: int | None = None
 """Of the long one; None: another one each time. It is printed, and a failure can be replayed by setting it here."""
 WELL_S = 60.0
