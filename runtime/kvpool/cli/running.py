@@ -107,5 +107,6 @@ def _names(pool: Pool) -> dict[Fingerprint, str]:
 
 def _log_to(out: Console | None, level: str) -> None:
     """Above the live picture, or to standard error."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request to Qdrant
     handler = logging.StreamHandler() if out is None else RichHandler(console=out, show_path=False)
     logging.basicConfig(level=level, handlers=[handler], format="%(message)s" if out else "%(levelname)s %(message)s")

@@ -1,10 +1,10 @@
 """Semantic prefetch: what followed prompts like the one that is asked for is brought from SSD into RAM beforehand.
 
-A match leaves its prompt in a short queue; a thread of its own asks which past prompts are like it, and reads the
-prefixes that these, and those that came after them, have on SSD. It reads only where somebody else's room is not
-needed: what was prefetched and neither used nor evicted yet is held within a budget of bytes, and room in RAM is made
-as for any other block, never at the cost of leased or guaranteed ones. Only exact prefixes are ever served, so a wrong
-guess costs a read.
+A match leaves its prompt in a short queue; a thread of its own asks which past prompts are like it, and reads what the
+prompts that came after them have on SSD (what those themselves have never pays: `kvpool bench prefetch`). What was
+prefetched and is neither used nor evicted yet is held within a budget of bytes, and room in RAM is made as for any
+other block, never at the cost of leased or guaranteed ones. Only exact prefixes are ever served, so a wrong guess costs
+a read.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Prefetcher:
     def _serve(self, tree: TreeId, tokens: bytes) -> None:
         self._searches += 1
         hits = self._prompts.likely(tokens, tree, SIMILAR, deadline_s=SEARCH_DEADLINE_S)
-        for leaf in ranked((hit.score, (hit.leaf, *hit.followers)) for hit in hits):
+        for leaf in ranked((hit.score, hit.followers) for hit in hits):
             place = self._prompts.place_of(leaf)
             if place is not None and not self._closed and not self._promote(place):
                 return
