@@ -15,7 +15,6 @@ from kvpool.demo.turn import TurnReport
 
 INK, FAINT, COLD = "#22303c", "#8a97a3", "#b9c2ca"
 COLOURS = {
-    "gpu": "#74b816",
     "ram": "#2a9d8f",
     "dragonfly": "#3f7cc4",
     "database": "#9067b5",

@@ -18,6 +18,7 @@ from kvpool.demo.neighbour import NeighbourReport
 from kvpool.demo.script import ProcessReport
 from kvpool.demo.servers import OutageReport, Process
 from kvpool.demo.turn import TurnReport
+from kvpool.tiers.tier import TierName
 
 MIB = 1 << 20
 OUT = "out"
@@ -38,8 +39,8 @@ class Result:
         self.left_running = tuple(left_running)
         self.turns = (*first.turns, *second.turns)
         self.outages = (*first.outages, *second.outages)
-        self.tiers = tuple(str(tier) for tier in first.stats["tiers"])
-        """All that the pool has, in the waterfall's order."""
+        self.tiers = tuple(str(tier) for tier in first.stats["tiers"] if tier != TierName.GPU)
+        """All that the pool has, in the waterfall's order; none on a GPU, for the model is on the CPU."""
         assert first.first_token is not None
         self.headline = first.first_token
 

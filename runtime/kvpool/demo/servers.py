@@ -21,8 +21,8 @@ BACK_S = 180.0
 """How long a server may take until it is in use again: much longer than the seconds that it is on an idle machine."""
 PROCESSES = "processes.jsonl"
 """The file that names every server's process that was seen."""
-GONE_S = 60.0
-"""How long a server may outlive the pool that was closed."""
+GONE_S = 90.0
+"""How long a server may outlive its pool: where that was killed, as long as it takes to save what it holds."""
 _POLL_S = 0.05
 _IN_STAT_STATE, _IN_STAT_PARENT, _IN_STAT_STARTED = 0, 1, 19
 """Fields of /proc/PID/stat, counted from the one behind the name, which may have blanks in it."""
@@ -92,9 +92,9 @@ class Servers:
         return running
 
     def wait_until_all_answer(self, deadline_s: float = BACK_S) -> None:
-        """Wait until no tier is out. Raises `NotBackError`."""
+        """Wait until no tier is out, but for one of a GPU that is not there. Raises `NotBackError`."""
         end = time.monotonic() + deadline_s
-        while out := self._pool.degradations():
+        while out := self._pool.degradations() - {Degradation.NO_GPU}:
             if time.monotonic() >= end:
                 raise NotBackError(f"{self._pool.stats().mode} for {deadline_s:.0f} s: {self._last_errors() or out}")
             time.sleep(_POLL_S)
