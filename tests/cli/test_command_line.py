@@ -18,6 +18,7 @@ from kvpool.errors import (
     InputError,
     KvpoolError,
     PoolClosedError,
+    SharedTierOutError,
     UnsupportedModelError,
 )
 from tests.cli.command import kvpool, started
@@ -100,6 +101,7 @@ def test_each_error_of_the_library_has_its_exit_code() -> None:
         DirectoryInUseError: ExitCode.IN_USE,
         IncompatibleDataError: ExitCode.FAILED,
         PoolClosedError: ExitCode.FAILED,
+        SharedTierOutError: ExitCode.FAILED,
         UnsupportedModelError: ExitCode.FAILED,
     }
 

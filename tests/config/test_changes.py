@@ -152,4 +152,6 @@ def test_every_field_of_a_configuration_is_compared() -> None:
         return own.union(*(without_origin(part) for part in parts if part is not None))
 
     # `changes` compares these by hand, or they cannot differ; any other would be passed over in silence.
-    assert without_origin(RuntimeConfig) == {"api_version", "kind", "name", "directory", "models", "quotas"}
+    assert without_origin(RuntimeConfig) == {
+        "api_version", "kind", "name", "directory", "secret_file", "services", "models", "quotas",
+    }  # fmt: skip

@@ -29,7 +29,12 @@ class Change(NamedTuple):
 
 def changes(old: RuntimeConfig, new: RuntimeConfig) -> list[Change]:
     """Every field that differs, in the order of `RuntimeConfig`."""
-    identity = (("metadata.name", old.name, new.name), ("directory", old.directory, new.directory))
+    identity = (
+        ("metadata.name", old.name, new.name),
+        ("directory", old.directory, new.directory),
+        ("secretFile", old.secret_file, new.secret_file),
+        ("services", old.services, new.services),
+    )
     found = [Change(path, _printed("", a), _printed("", b), live=False) for path, a, b in identity if a != b]
     return [*found, *_differences(old, new, "spec"), *_model_differences(old, new)]
 
@@ -37,7 +42,8 @@ def changes(old: RuntimeConfig, new: RuntimeConfig) -> list[Change]:
 def with_live_changes(old: RuntimeConfig, new: RuntimeConfig) -> RuntimeConfig:
     """`new`, with every field that a running pool cannot take as it is in `old`: what the pool runs with afterwards."""
     merged = _merged(old, new)
-    return merged.model_copy(update={"name": old.name, "directory": old.directory, "models": new.models})
+    kept = {name: getattr(old, name) for name in ("name", "directory", "secret_file", "services")}
+    return merged.model_copy(update={**kept, "models": new.models})
 
 
 def _merged(old: _AnyModel, new: _AnyModel) -> _AnyModel:
