@@ -667,9 +667,17 @@ def test_a_pool_opens_from_the_file_of_a_kvcachepool(tmp_path: Path) -> None:
         Pool.open(str(file), directory=tmp_path / "pool")
 
 
-def test_what_is_asked_for_and_not_there_yet_is_said(tmp_path: Path) -> None:
+def test_what_is_asked_for_and_cannot_be_done_with_the_rest_is_said(tmp_path: Path) -> None:
+    plain = config().model_dump(mode="json", by_alias=True)
+    asked = type(config()).model_validate({**plain, "prefetch": {"semantic": True}})
+    with Pool.open(asked, directory=tmp_path) as pool:
+        assert any("prefetch.semantic is not used" in notice for notice in pool.notices)
+
+
+def test_a_server_that_cannot_be_reached_is_said_with_the_file_that_lacks(tmp_path: Path) -> None:
     dragonfly = {"codec": "none", "ttlS": 60.0, "connections": 1, "batchSize": 1, "budgetS": 0.1, "tls": False}
     plain = config().model_dump(mode="json", by_alias=True)
     asked = type(config()).model_validate({**plain, "dragonfly": {**dragonfly, "secret": "elsewhere"}})
     with Pool.open(asked, directory=tmp_path) as pool:
-        assert any("tiers.dragonfly is not used" in notice for notice in pool.notices)
+        assert pool.stats().mode == "no-dragonfly"
+        assert str(tmp_path / "services" / "elsewhere" / "url") in pool.stats().tiers[TierName.DRAGONFLY].last_error
