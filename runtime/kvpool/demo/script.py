@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +20,16 @@ from kvpool.demo.neighbour import PROMPTS_A_ROUND, QUICK_PROMPTS, TENANT, Neighb
 from kvpool.demo.servers import PROCESSES, How, OutageReport, Servers
 from kvpool.demo.smollm2 import NAME, ChatModel, load_smollm2
 from kvpool.demo.turn import Player, TurnReport
+from kvpool.errors import SharedTierOutError
 from kvpool.pool.pool import Pool
+from kvpool.pool.remote.servers import QDRANT
 
 FIRST, SECOND = "first", "second"
 HEADLINE, HEADLINE_TOKENS, QUICK_HEADLINE_TOKENS = "headline", 2000, 800
 SHARED_DEADLINE_S = 20.0
 """How long a prompt waits for shared tiers. Long: what is shown must not depend on how busy this machine is."""
 FLUSH_S = 60.0
-TIER_OF = {"dragonfly": "dragonfly", "postgres": "database", "qdrant": "qdrant"}
+TIER_OF = {"dragonfly": "dragonfly", "postgres": "database", QDRANT: QDRANT}
 """What is out while the server of this name is."""
 
 
@@ -46,13 +48,13 @@ class Outage(NamedTuple):
 OUTAGES = (
     Outage(1, "globex 2", 1, "dragonfly", How.STOPPED),
     Outage(1, "acme 2", 2, "postgres", How.STOPPED),
-    Outage(1, "globex 2", 2, "qdrant", How.KILLED),
+    Outage(1, "globex 2", 2, QDRANT, How.KILLED),
     Outage(1, "acme 1", 3, "postgres", How.KILLED),
     Outage(1, "acme 2", 3, "dragonfly", How.KILLED),
     Outage(2, "globex 2", 4, "dragonfly", How.STOPPED),
 )
 QUICK_OUTAGES = (
-    Outage(1, "acme 2", 1, "qdrant", How.KILLED),
+    Outage(1, "acme 2", 1, QDRANT, How.KILLED),
     Outage(1, "globex 2", 1, "dragonfly", How.STOPPED),
     Outage(2, "globex 1", 2, "postgres", How.STOPPED),
 )
@@ -229,6 +231,8 @@ class Stage:
         self._neighbour = Neighbour(pool, self._ledger, other=NAME)
         self._servers = Servers(pool, setting.work / PROCESSES)
         self._servers.wait_until_all_answer()
+        running = ", ".join(f"{server.name} ({server.version})" for server in self._servers.note())
+        console.print(f"the pool is open; its servers: {running or 'none'}", highlight=False)
 
     def play(self, chat: Chat, turn: int, question: str) -> None:
         """One turn, counted from 0, with the servers away that are to be. Raises `NotBackError`."""
@@ -245,6 +249,9 @@ class Stage:
             report, self.chats[name] = self._player.play(
                 self._process, chat.tenant, chat.number, turn + 1, question, prompt
             )
+            if QDRANT in away:  # no prompt waits for it, so nobody may have asked it yet
+                with suppress(SharedTierOutError):
+                    self._pool.find(NAME, chat.tenant, similar_to=prompt, limit=1)
             out = {*away, *(tier for tier, times in self._fell_out().items() if times > fell_out[tier])}
             self._turns.append(replace(report, out=tuple(sorted(out))))
             self._tell(name, self._turns[-1])
@@ -327,8 +334,6 @@ def _opened(setting: Setting, console: Console) -> Iterator[tuple[ChatModel, Poo
         pool = Pool.open(setting.config, directory=setting.directory)
     with pool:
         try:
-            running = "; ".join(f"{server.name}: {server.version}" for server in pool.local_servers())
-            console.print(f"the pool is open; its servers: {running or 'none'}", highlight=False)
             yield chat_model, pool
         except KeyboardInterrupt:
             pool.close(deadline_s=0)
