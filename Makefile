@@ -31,7 +31,7 @@ $(DEV_READY): $(SET_UP)
 setup: $(DEV_READY) ## Make .venv with all that tests and checks need
 
 .PHONY: demo
-demo: $(DEMO_READY) ## Play chats with a real model on a small pool, close it, and answer from SSD
+demo: $(DEMO_READY) ## Play chats with a real model on a small pool, stop and kill its servers, and answer from disk
 	@$(BIN)/python -m kvpool.demo $(ARGS)
 
 .PHONY: test
