@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvpool.resilience.retry import FullJitter
+
 
 class BreakerState(StrEnum):
     """Closed: calls go through. Open: none does. Half-open: one does, and decides."""
@@ -51,12 +53,11 @@ class CircuitBreaker:
     ) -> None:
         self._limits = limits or BreakerLimits()
         self._clock = clock
-        self._rng = rng or random.Random()  # noqa: S311 - it spreads retries, it guards nothing
         self._lock = threading.Lock()
         self._state = BreakerState.CLOSED
         self._in_a_row = 0
         self._window: deque[tuple[float, bool]] = deque(maxlen=self._limits.window_calls)
-        self._backoff_s = self._limits.first_backoff_s
+        self._pauses = FullJitter(self._limits.first_backoff_s, self._limits.last_backoff_s, rng=rng)
         self._next_probe = 0.0
         self._last_error: str | None = None
         self._opened_total = 0
@@ -133,12 +134,11 @@ class CircuitBreaker:
         if self._state is BreakerState.CLOSED:
             self._opened_total += 1
         self._state = BreakerState.OPEN
-        self._next_probe = self._clock() + self._rng.uniform(0.0, self._backoff_s)
-        self._backoff_s = min(2 * self._backoff_s, self._limits.last_backoff_s)
+        self._next_probe = self._clock() + self._pauses.next_s()
         self._window.clear()
 
     def _close(self) -> None:
         self._state = BreakerState.CLOSED
         self._in_a_row = 0
-        self._backoff_s = self._limits.first_backoff_s
+        self._pauses.reset()
         self._window.clear()

@@ -12,22 +12,19 @@ from pathlib import Path
 from time import perf_counter
 from uuid import UUID, uuid4
 
-import psycopg
-
-from kvpool.bench.area import Conditions, UnmeasurableError
+from kvpool.bench.area import Conditions
 from kvpool.bench.rounds import Measure, alone, beside, seconds_per_call
 from kvpool.bench.row import Figure, Row, at_least, at_most, ratio_at_most
+from kvpool.bench.shared.postgres import Bare, bare_connection, postgres_server
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.catalog import trail
 from kvpool.catalog.catalog import Catalog
-from kvpool.catalog.connections import SCHEMES, Connections
+from kvpool.catalog.connections import Connections
 from kvpool.catalog.encoding import encode
 from kvpool.catalog.journal import Journal
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.rows import Batch, BlocksRemoved, BlocksStored, ModelSeen
 from kvpool.catalog.writer import CatalogWriter
-from kvpool.config.service import ServiceAddress, read_service
-from kvpool.local import LocalServerError, local_postgres
 from kvpool.tiers.tier import TierName
 
 ROWS = 40_000
@@ -42,41 +39,22 @@ _SEEN = ModelSeen(_TREE.fingerprint, "bench", "", "{}", 0.0)
 _AT_S = 1_700_000_000.0
 _US, _MS = 1e6, 1e3
 
-Connection = psycopg.Connection[tuple[object, ...]]
+Connection = Bare
 
 
 def run(conditions: Conditions) -> Iterator[Row]:
     """Rows of `catalog`."""
-    with _service(conditions.directory) as address:
+    with postgres_server(conditions.directory) as address:
         connections = Connections(lambda: address, size=4, budget_s=BUDGET_S, tls=False)
         schema = Schema()
         try:
-            with _bare(address) as bare:
+            with bare_connection(address) as bare:
                 yield from _written(connections, schema, bare, conditions)
                 yield from _asked(Catalog(connections, schema), bare, conditions)
             yield from _offered(connections, schema, conditions)
         finally:
             connections.close()
     yield from _kept(conditions)
-
-
-@contextmanager
-def _service(directory: Path) -> Iterator[ServiceAddress]:
-    try:
-        server = local_postgres(directory, connections=8)
-        server.start()
-    except LocalServerError as error:
-        raise UnmeasurableError(str(error)) from error
-    try:
-        yield read_service(server.folder, schemes=SCHEMES)
-    finally:
-        server.stop()
-
-
-@contextmanager
-def _bare(address: ServiceAddress) -> Iterator[Connection]:
-    with psycopg.connect(address.url, user=address.username, password=address.password, autocommit=True) as connection:
-        yield connection
 
 
 @contextmanager

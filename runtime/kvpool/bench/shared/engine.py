@@ -14,7 +14,6 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-import psycopg
 
 from kvpool.bench.area import Conditions, UnmeasurableError
 from kvpool.bench.engine.pools import (
@@ -31,6 +30,8 @@ from kvpool.bench.engine.pools import (
 from kvpool.bench.probes import touched
 from kvpool.bench.rounds import beside, of_pairs, seconds_per_call
 from kvpool.bench.row import Row, ratio_at_most
+from kvpool.bench.shared.postgres import Bare, bare_connection
+from kvpool.catalog.connections import SCHEMES
 from kvpool.catalog.payload_statements import FIND
 from kvpool.config import DatabaseConfig, DragonflyConfig, PostgresConfig, RuntimeConfig
 from kvpool.config.service import read_service
@@ -144,8 +145,8 @@ def _disturbance() -> Callable[[], None]:
 def _absent(shared: OpenModel, conditions: Conditions) -> Iterator[Row]:
     """`Lease.wait` for what nobody has, beside a bare round trip of the slower tier with as many keys."""
     folder = shared.pool.directory / "local" / "postgres" / "service"
-    address = read_service(folder, schemes=("postgresql", "postgres"))
-    with psycopg.connect(address.url, user=address.username, password=address.password, autocommit=True) as bare:
+    address = read_service(folder, schemes=SCHEMES)
+    with bare_connection(address) as bare:
         for blocks, name in ABSENT:
             prompts = Prompts(seed=3)
             calls = conditions.scaled(LOOKUPS, least=5)
@@ -156,7 +157,7 @@ def _absent(shared: OpenModel, conditions: Conditions) -> Iterator[Row]:
             yield Row(f"beside.wait.absent.{name}", "us", figure, ratio_at_most(1.5))
 
 
-def _bare_find(bare: psycopg.Connection[tuple[object, ...]], keys: int) -> None:
+def _bare_find(bare: Bare, keys: int) -> None:
     wanted = [number.to_bytes(16, "little") for number in range(keys)]
     bare.cursor(binary=True).execute(FIND, {"keys": wanted, "codecs": [0]}).fetchall()
 

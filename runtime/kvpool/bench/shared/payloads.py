@@ -5,24 +5,20 @@ The server is one of this machine's own, on a unix socket, with its defaults for
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
-import psycopg
 
-from kvpool.bench.area import Conditions, UnmeasurableError
+from kvpool.bench.area import Conditions
 from kvpool.bench.rounds import alone, beside, bytes_per_second, seconds_per_call
 from kvpool.bench.row import Row, at_most, ratio_at_most
+from kvpool.bench.shared.postgres import Bare, bare_connection, postgres_server
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.catalog import payload_statements as sql
-from kvpool.catalog.connections import SCHEMES, Connections
+from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.payloads import PayloadTier
-from kvpool.config.service import ServiceAddress, read_service
-from kvpool.local import LocalServerError, local_postgres
 from kvpool.tiers.tier import Found, Sealed
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -48,11 +44,11 @@ _US, _MS = 1e6, 1e3
 
 def run(conditions: Conditions) -> Iterator[Row]:
     """Rows of `payloads`."""
-    with _service(conditions.directory) as address:
+    with postgres_server(conditions.directory) as address:
         connections = Connections(lambda: address, size=2, budget_s=BUDGET_S, tls=False)
         tier = PayloadTier(connections, Schema(), inline_max_bytes=8 * MIB, inline_bytes=4 << 30)
         try:
-            with _bare(address) as bare:
+            with bare_connection(address) as bare:
                 yield from _lookups(tier, bare, conditions)
                 for nbytes, name in SIZES:
                     yield from _moves(tier, bare, nbytes, name, conditions)
@@ -60,26 +56,7 @@ def run(conditions: Conditions) -> Iterator[Row]:
             connections.close()
 
 
-@contextmanager
-def _service(directory: Path) -> Iterator[ServiceAddress]:
-    try:
-        server = local_postgres(directory, connections=8)
-        server.start()
-    except LocalServerError as error:
-        raise UnmeasurableError(str(error)) from error
-    try:
-        yield read_service(server.folder, schemes=SCHEMES)
-    finally:
-        server.stop()
-
-
-@contextmanager
-def _bare(address: ServiceAddress) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
-    with psycopg.connect(address.url, user=address.username, password=address.password, autocommit=True) as connection:
-        yield connection
-
-
-def _lookups(tier: PayloadTier, bare: psycopg.Connection[tuple[object, ...]], conditions: Conditions) -> Iterator[Row]:
+def _lookups(tier: PayloadTier, bare: Bare, conditions: Conditions) -> Iterator[Row]:
     """One key, and a batch of them: the same statement by psycopg alone on the other side."""
     keys = [_key(number) for number in range(conditions.scaled(ROWS, least=2 * BATCH_KEYS))]
     record = np.frombuffer(os.urandom(PAGE_BYTES), np.uint8)
@@ -103,9 +80,7 @@ def _lookups(tier: PayloadTier, bare: psycopg.Connection[tuple[object, ...]], co
     yield Row(f"payloads.select.{BATCH_KEYS}", "ms", of_many.in_unit(_MS), at_most(2.0))
 
 
-def _moves(
-    tier: PayloadTier, bare: psycopg.Connection[tuple[object, ...]], nbytes: int, name: str, conditions: Conditions
-) -> Iterator[Row]:
+def _moves(tier: PayloadTier, bare: Bare, nbytes: int, name: str, conditions: Conditions) -> Iterator[Row]:
     """Writing and reading records of one size, and the prefill rate at which reading them is no gain."""
     count = max(2, conditions.scaled(READ_BYTES) // nbytes)
     records = [np.frombuffer(os.urandom(nbytes), np.uint8) for _ in range(count)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvpool.blocks.identity import Fingerprint
+from kvpool.catalog.connections import SCHEMES
 from kvpool.catalog.payloads import PayloadTier
 from kvpool.config import DatabaseConfig, RuntimeConfig
 from kvpool.config.service import ServiceAddress, read_service
@@ -16,7 +17,6 @@ from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.share import Limit
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
-SCHEMES = ("postgresql", "postgres")
 _log = logging.getLogger(__name__)
 
 

@@ -11,10 +11,9 @@ from kvpool.config.service import ServiceAddress, read_service
 from kvpool.local import LocalServer, LocalServerError, local_redis
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.share import Limit, LimitedTier
+from kvpool.tiers.dragonfly.opening import SCHEMES
 from kvpool.tiers.dragonfly.tier import DragonflyTier
 from kvpool.tiers.tier import TierName, TierUnavailableError
-
-SCHEMES = ("redis", "rediss", "unix")
 
 
 class DragonflyConnector:

@@ -91,8 +91,9 @@ def _prompt_memory(
 
             return EmbeddedVectors(local / QDRANT_DIRECTORY)
         from kvpool.catalog.vectors.remote import RemoteVectors
+        from kvpool.catalog.vectors.session import SCHEMES
 
         folder = services / config.secret
-        return RemoteVectors(lambda: read_service(folder, schemes=("http", "https")), tls=config.tls)
+        return RemoteVectors(lambda: read_service(folder, schemes=SCHEMES), tls=config.tls)
 
     return PromptMemory(index, HashedNgrams(), open_vectors, is_trusted=lambda: epochs.trusted)

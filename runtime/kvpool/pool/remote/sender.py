@@ -69,7 +69,6 @@ class Sender:
         self._changed = threading.Condition()
         self._active = 0
         self._closed = False
-        self.sent_blocks = 0
         self.dropped: Counter[str] = Counter()
         """Blocks that were to be sent and were not, by reason."""
         self._threads = [
@@ -200,8 +199,6 @@ class Sender:
         ]
         done = self.store.put(run.pin.tree.id, sealed, ancestors)
         taken = done.index(False) if False in done else len(done)
-        with self._changed:
-            self.sent_blocks += taken
         if taken and self._events.active:
             forms = [Form(one.codec, len(one.record)) for one in sealed[:taken]]
             self._events.publish_stored(run.heads[:taken], self.store.name, forms)
