@@ -15,7 +15,7 @@ from kvpool.blocks.record import Buffer
 from kvpool.config import RuntimeConfig
 from kvpool.pool.pool import Pool
 from kvpool.pool.remote.share import Limit
-from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import Found, Inquiry, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
 
 from .kv import config
 
@@ -33,18 +33,24 @@ class MemoryTier:
         self.before_get: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.touched: list[BlockKey] = []
+        self.withheld: set[tuple[TreeId, BlockKey, int]] = set()
+        """What it says it has, and does not give."""
         self._lock = threading.Lock()
 
     def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
         with self._called("find"):
             return [self._found(tree, key, codecs) for key in keys]
 
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Inquiry:
+        return _Answered(self.find(tree, keys, codecs))
+
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
         self.before_get()
         with self._called("get"):
             done = []
             for (key, codec, _), buffer in zip(wanted, into, strict=True):
-                record = self.records.get((tree, key, codec), b"")
+                is_given = (tree, key, codec) not in self.withheld
+                record = self.records.get((tree, key, codec), b"") if is_given else b""
                 done.append(len(record) == len(buffer))
                 if done[-1]:
                     np.copyto(buffer, np.frombuffer(record, np.uint8))
@@ -96,6 +102,19 @@ class MemoryTier:
             if self.fault:
                 raise TierUnavailableError(self.name, self.fault)
             yield
+
+
+class _Answered:
+    """An inquiry that needs no waiting."""
+
+    def __init__(self, found: list[Found | None]) -> None:
+        self._found = found
+
+    def answer(self) -> list[Found | None]:
+        return self._found
+
+    def close(self) -> None:
+        """It holds nothing."""
 
 
 class Shared:

@@ -330,6 +330,56 @@ def test_a_prompt_of_which_each_tier_has_a_part_is_served_from_both(tmp_path: Pa
             assert lease.served == {DRAGONFLY: 6, DATABASE: 3}
 
 
+def test_what_a_tier_lost_between_the_question_and_the_reading_comes_from_the_next(tmp_path: Path) -> None:
+    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
+    tokens = prompt(40)
+    with sharing_pool(tmp_path / "first", fast, slow) as pool:
+        store(pool.register(spec()), tokens)
+        flushed(pool)
+    lost = list(fast.records)[3:9]
+
+    def lose() -> None:
+        for known in lost:
+            fast.records.pop(known, None)
+
+    fast.before_get = lose
+    with sharing_pool(tmp_path / "second", fast, slow) as pool:
+        model = pool.register(spec())
+        with model.match(tokens) as lease:
+            assert lease.wait(DEADLINE_S) is LeaseState.READY
+            assert loaded_blocks(lease, model, tokens) == 40
+            assert lease.served[DRAGONFLY] >= 3
+            assert lease.served[DATABASE] >= len(lost)
+
+
+def test_a_damaged_record_comes_from_the_next_tier(tmp_path: Path) -> None:
+    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
+    tokens = prompt(5)
+    with sharing_pool(tmp_path / "first", fast, slow) as pool:
+        store(pool.register(spec()), tokens)
+        flushed(pool)
+    damaged = list(fast.records)[2]
+    fast.records[damaged] = bytes(RECORD)
+    with sharing_pool(tmp_path / "second", fast, slow) as pool:
+        model = pool.register(spec())
+        with model.match(tokens) as lease:
+            lease.wait(DEADLINE_S)
+            assert loaded_blocks(lease, model, tokens) == 5
+            assert lease.served == {DRAGONFLY: 4, DATABASE: 1}
+
+
+def test_what_a_tier_says_it_has_and_never_gives_ends_the_lookup(warm: Pool, cold: Pool, tier: MemoryTier) -> None:
+    tokens = prompt(6)
+    store(warm.register(spec()), tokens)
+    flushed(warm)
+    withheld = list(tier.records)[4]
+    tier.withheld.add(withheld)
+    model = cold.register(spec())
+    with model.match(tokens) as lease:
+        assert lease.wait(DEADLINE_S) is LeaseState.READY
+        assert loaded_blocks(lease, model, tokens) == 4
+
+
 def test_what_is_used_here_is_kept_there_and_sent_again_once_in_a_round(warm: Pool, tier: MemoryTier) -> None:
     model = warm.register(spec())
     tokens = prompt(6)
@@ -403,6 +453,49 @@ def test_many_threads_look_the_same_prompt_up(tmp_path: Path, warm: Pool, tier: 
             thread.join()
         assert max(arrived) == 40
         check(pool, [])
+
+
+def test_requests_for_one_prompt_fetch_its_blocks_once(tmp_path: Path, warm: Pool, tier: MemoryTier) -> None:
+    tokens = prompt(40)
+    store(warm.register(spec()), tokens)
+    flushed(warm)
+    held, go_on = held_up(tier)
+    with sharing_pool(tmp_path / "roomy", tier, ram=6 * 64 * RECORD) as pool:
+        model = pool.register(spec())
+        leases = [model.match(tokens) for _ in range(4)]
+        for lease in leases:
+            lease.ask(DEADLINE_S)
+        assert held.wait(DEADLINE_S)
+        eventually(lambda: tier.calls.count("find") >= 4, "all have asked")
+        tier.before_get = lambda: None
+        go_on.set()
+        for lease in leases:
+            assert lease.wait(DEADLINE_S) is LeaseState.READY
+            assert loaded_blocks(lease, model, tokens) == 40
+            lease.close()
+        remote = pool._engine.remote
+        assert remote is not None
+        assert remote.stores[0].fetched_blocks == 40
+        check(pool, [])
+
+
+def test_who_waits_for_anothers_fetch_waits_no_longer_than_its_own_deadline(
+    tmp_path: Path, warm: Pool, tier: MemoryTier
+) -> None:
+    tokens = prompt(5)
+    store(warm.register(spec()), tokens)
+    flushed(warm)
+    held, go_on = held_up(tier)
+    with sharing_pool(tmp_path / "other", tier) as pool:
+        model = pool.register(spec())
+        with model.match(tokens) as patient, model.match(tokens) as hasty:
+            patient.ask(DEADLINE_S)
+            assert held.wait(DEADLINE_S)
+            assert hasty.wait(0.05) is LeaseState.EXPIRED
+            assert hasty.tokens == 0
+            go_on.set()
+            assert patient.wait(DEADLINE_S) is LeaseState.READY
+            assert loaded_blocks(patient, model, tokens) == 5
 
 
 def test_closing_the_pool_ends_lookups_that_are_under_way(tmp_path: Path, warm: Pool, tier: MemoryTier) -> None:

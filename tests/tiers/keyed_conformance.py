@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from random import Random
 from typing import Protocol
 
@@ -208,6 +209,22 @@ class KeyedConformance:
         assert tier.find(tree_of(), [key], [CODEC_NONE, OTHER_CODEC]) == [found_of(small)]
         assert tier.find(tree_of(), [key], [CODEC_NONE]) == [None]
         assert holds(tier, tree_of(), small)
+
+    def test_a_question_can_be_asked_first_and_answered_later(self, tier: KeyedTier) -> None:
+        records = chain(3)
+        tree, absent = tree_of(), keys_of(chain(3, first=10))
+        put(tier, tree, records[:2])
+        with closing(tier.inquire(tree, keys_of(records), [CODEC_NONE])) as first:
+            with closing(tier.inquire(tree, absent, [OTHER_CODEC, CODEC_NONE])) as second:
+                assert second.answer() == [None] * 3
+            assert first.answer() == [found_of(records[0]), found_of(records[1]), None]
+
+    def test_a_question_may_be_given_up(self, tier: KeyedTier) -> None:
+        records = chain(2)
+        put(tier, tree_of(), records)
+        for _ in range(30):  # more than it has connections
+            tier.inquire(tree_of(), keys_of(records), [CODEC_NONE]).close()
+        assert tier.find(tree_of(), keys_of(records), [CODEC_NONE]) == [found_of(record) for record in records]
 
     def test_what_is_there_already_is_taken_again_and_stays(self, tier: KeyedTier) -> None:
         records = chain(4)

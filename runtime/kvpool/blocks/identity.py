@@ -74,6 +74,9 @@ class TreeId(NamedTuple):
     epoch: int
 
 
+_NO_EXTRA = bytes(4)
+
+
 class KeyChain:
     """Computes the block keys of one (fingerprint, tenant, epoch) under one pool secret.
 
@@ -91,6 +94,17 @@ class KeyChain:
         step = self._step.copy()
         step.update(len(extra).to_bytes(4, "little") + parent + extra + tokens)
         return BlockKey(step.digest())
+
+    def extend_all(self, parent: BlockKey, run: bytes, block_bytes: int) -> list[BlockKey]:
+        """Return the keys of the blocks of `run`, which follow `parent` and have no extra keys."""
+        copy, keys, before = self._step.copy, list[BlockKey](), _NO_EXTRA + parent
+        for at in range(0, len(run), block_bytes):
+            step = copy()
+            step.update(before + run[at : at + block_bytes])
+            key = step.digest()
+            keys.append(key)  # type: ignore[arg-type]
+            before = _NO_EXTRA + key
+        return keys
 
     def keys(self, tokens: bytes, block_bytes: int, extra_keys: Mapping[int, bytes] | None = None) -> list[BlockKey]:
         """Return the key of every whole block of `tokens`, from the first on."""

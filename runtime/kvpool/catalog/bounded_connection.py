@@ -67,6 +67,8 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         super().__init__(pgconn, row_factory)
         self.budget_s = 1.0
         self.stalled = False
+        self.prepared: set[bytes] = set()
+        """Names of statements that were prepared by hand on this connection."""
         self._fd = pgconn.socket
         self._events = select.POLLIN
         self._poll = select.poll()

@@ -9,24 +9,24 @@ than all records may be, nothing is stored.
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
-from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.blocks.record import Buffer
 from kvpool.catalog import payload_statements as sql
 from kvpool.catalog.bounded_connection import BoundedConnection
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
+from kvpool.catalog.payload_finding import RecordInquiry
 from kvpool.catalog.payload_reading import read_records
 from kvpool.catalog.payload_storing import batches_of, size_of, store
 from kvpool.catalog.sessions import Sessions
 from kvpool.catalog.statement import Statement
-from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import Found, Inquiry, Moved, Sealed, TierName, TierUnavailableError, Usage
 
 BATCH_BYTES = 8 << 20
 """What is written, or removed, in one transaction."""
@@ -80,10 +80,13 @@ class PayloadTier:
         """Which of these blocks are there; see `KeyedTier`."""
         if not keys:
             return []
-        with self._connected() as connection:
-            rows = connection.cursor(binary=True).execute(sql.FIND, {"keys": list(keys), "codecs": list(codecs)})
-            there = {(key, codec): nbytes for key, codec, nbytes in rows if _may_be_a_record(nbytes)}
-        return [_first_of(there, key, codecs) for key in keys]
+        with closing(self.inquire(tree, keys, codecs)) as inquiry:
+            return inquiry.answer()
+
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Inquiry:
+        """As `KeyedTier` says."""
+        self._check_open()
+        return RecordInquiry(self._sessions, keys, codecs)
 
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
         """Copy each record into its buffer; see `KeyedTier`. Raises `ValueError` for a buffer of another length."""
@@ -264,15 +267,3 @@ class PayloadTier:
             for scope, limit_bytes in limits.items():
                 if self._limits_to_write.get(scope, ...) == limit_bytes:
                     del self._limits_to_write[scope]
-
-
-def _first_of(there: dict[tuple[bytes, int], int], key: BlockKey, codecs: Sequence[int]) -> Found | None:
-    for codec in codecs:
-        nbytes = there.get((key, codec))
-        if nbytes is not None:
-            return Found(key, codec, nbytes)
-    return None
-
-
-def _may_be_a_record(nbytes: int) -> bool:
-    return nbytes >= PAGE_BYTES and nbytes % PAGE_BYTES == 0

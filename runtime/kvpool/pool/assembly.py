@@ -234,7 +234,6 @@ def make_remote(
         ram_encoder=engine.ram_encoder,
         stores=tuple(stores.values()),
         workers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-lookup"),
-        askers=ThreadPoolExecutor(LOOKUP_THREADS, "kvpool-ask"),
         is_stale=engine.tenants.is_stale,
         look_at_hint=engine.epoch_sync.look_at_hint,
         count_skipped=engine.traffic.count_skipped,

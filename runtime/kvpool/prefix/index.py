@@ -346,10 +346,11 @@ class PrefixIndex:
             if self.ledger.guards != guarded:
                 self._note_all_leases()
 
-    def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None) -> int:
+    def advance(self, pin: Pin, tokens: bytes, extras: Extras | None = None, *, counted: bool = True) -> int:
         """Lengthen the pin over blocks of `tokens` that have copies; return how many it gained.
 
-        No further than leases may go beside what is guaranteed to others. They count as matched.
+        No further than leases may go beside what is guaranteed to others. They count as matched, unless no request's
+        pin is lengthened: see `counted`.
         """
         with self.lock:
             tree = pin.tree
@@ -365,8 +366,9 @@ class PrefixIndex:
             self._let_go(self._settled(pin), pin.depth)
             gained = depth - pin.depth
             pin.node, pin.depth, pin.key = node, depth, None
-            self.matched_blocks += gained
-            tree.account.matched_blocks += gained
+            if counted:
+                self.matched_blocks += gained
+                tree.account.matched_blocks += gained
             return gained
 
     def places(self, pin: Pin, level: int) -> list[int]:

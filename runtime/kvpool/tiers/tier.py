@@ -105,6 +105,18 @@ class Usage(NamedTuple):
     """0 where it has no limit of its own."""
 
 
+class Inquiry(Protocol):
+    """What a keyed tier was asked, and has not answered yet. For one thread; ends with `close`."""
+
+    def answer(self) -> list[Found | None]:
+        """Wait for the answer, as `KeyedTier.find` gives it. To be called once."""
+        ...
+
+    def close(self) -> None:
+        """Give up what the question holds. May be called at any time, and again."""
+        ...
+
+
 class KeyedTier(Protocol):
     """Holds sealed records by key, and is shared with other processes. Batch calls, safe from any thread.
 
@@ -120,6 +132,13 @@ class KeyedTier(Protocol):
         """Which of these blocks are there, in one round trip: for each the first of `codecs` that it has.
 
         `codecs` are numbers, at least one. What has the key but cannot be a record is not there.
+        """
+        ...
+
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Inquiry:
+        """Ask what `find` asks, and leave the waiting for later, so that several tiers are asked at once.
+
+        The tier's budget begins here. Where there is no connection yet, that is waited for.
         """
         ...
 

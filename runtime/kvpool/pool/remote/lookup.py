@@ -3,8 +3,9 @@
 The tail that the tree does not know is asked for window by window, each twice as long as the one before: of all tiers
 at once, so that a prompt which nobody has costs one round trip of the slower one. Each block comes from the tier that
 is expected to be quicker; it is verified, and entered in the tree. Slots belong to the lookup until then. What does not
-come, or is not what was asked for, ends the run. A lookup ends with its lease: what is in flight then is not waited
-for, and its slots are freed when it has ended.
+come, or is not what was asked for, is not asked of that tier again: the others may have it. What another lookup is
+fetching is waited for, not fetched again. A lookup ends with its lease: what is in flight then is not waited for, and
+its slots are freed when it has ended.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from kvpool.pool.encodings import Encodings
 from kvpool.pool.events import EventBus, Form
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
+from kvpool.pool.remote.claims import Claims
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.results import LeaseState
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex
@@ -55,14 +58,13 @@ class LookupParts:
     """In the waterfall's order."""
     workers: Executor
     """Run lookups."""
-    askers: Executor
-    """Run what lookups wait for, and nothing that waits for others."""
     is_stale: Callable[[PrefixTree], bool]
     """Whether a tree is of an epoch that was erased."""
     look_at_hint: Callable[[TenantDigest], None]
     """Notices that the tenant was erased elsewhere, if that is noted in dragonfly. Raises `TierUnavailableError`."""
     count_skipped: Callable[[int], None]
     """Told of blocks that were not read, since computing them is quicker."""
+    claims: Claims = field(default_factory=Claims)
 
 
 class Prompt(NamedTuple):
@@ -97,6 +99,10 @@ class Lookup:
         self._finished = finished
         self._prompt = prompt
         self._window = FIRST_WINDOW_BLOCKS
+        self._failed: set[tuple[TierName, BlockKey]] = set()
+        """What a tier said it has, and did not give."""
+        self._is_full = False
+        """Whether there is no more room in RAM."""
         self._ended = self._expired = False
         self._done = threading.Event()
         self._until_s = 0.0
@@ -158,11 +164,12 @@ class Lookup:
             if pin is None:
                 pin = self._pin()
                 sources = self._ask(pin)
-            while sources and not self._ended:
-                was_whole = len(sources) == self._window
-                self._window = min(2 * self._window, LAST_WINDOW_BLOCKS)
-                if self._fetch(pin, sources) < len(sources) or not was_whole:
+            while sources:
+                came_whole = self._fetch(pin, sources)
+                if self._ended or self._is_full or (came_whole and len(sources) < self._window):
                     return
+                if came_whole:
+                    self._window = min(2 * self._window, LAST_WINDOW_BLOCKS)
                 sources = self._ask(pin)
         except Exception:  # the thread's top: whoever waits must be told
             _log.exception("looking a prompt up in shared tiers")
@@ -205,30 +212,36 @@ class Lookup:
         ranked = _quickest_first(stores, count * prompt.layout.record_bytes)
         sources: list[_Source] = []
         for at in range(count):
-            holders = [(store, found) for store in ranked if (found := answers[store][at]) is not None]
-            if not holders:
+            source = self._source(ranked, answers, at)
+            if source is None:
                 break
-            sources.append(_Source(*holders[0]))
+            sources.append(source)
         return self._worth_reading(sources)
+
+    def _source(
+        self, ranked: Sequence[RemoteStore], answers: Mapping[RemoteStore, Sequence[Found | None]], at: int
+    ) -> _Source | None:
+        """The first of the stores that has this block, and has not failed to give it."""
+        for store in ranked:
+            found = answers[store][at]
+            if found is not None and (store.name, found.key) not in self._failed:
+                return _Source(store, found)
+        return None
 
     def _answers(
         self, stores: Sequence[RemoteStore], keys: Sequence[BlockKey], codecs: Sequence[int]
     ) -> dict[RemoteStore, list[Found | None]]:
-        """What each store has, all asked at once: the last, which is the slowest one, from this thread."""
-        tree_id = self._prompt.tree.id
-        *others, last = stores
-        asked = [(store, self._parts.askers.submit(store.find, tree_id, keys, codecs)) for store in others]
-        answers = {last: last.find(tree_id, keys, codecs)}
-        answers.update({store: future.result() for store, future in asked})
-        return {store: [self._fitting(found) for found in answers[store]] for store in stores}
-
-    def _fitting(self, found: Found | None) -> Found | None:
-        """Only what may be a record of this model: of one length if it is not encoded, else shorter."""
-        raw = self._prompt.layout.record_bytes
-        if found is None or found.record_bytes % PAGE_BYTES or found.record_bytes <= PAGE_BYTES:
-            return None
-        fits = found.record_bytes == raw if found.codec == CODEC_NONE else found.record_bytes < raw
-        return found if fits else None
+        """What each store has, all asked at once: the slower ones first, whose servers take longer."""
+        tree_id, raw_bytes = self._prompt.tree.id, self._prompt.layout.record_bytes
+        with ExitStack() as asked:
+            questions = {
+                store: asked.enter_context(closing(store.inquire(tree_id, keys, codecs))) for store in reversed(stores)
+            }
+            answers = {store: questions[store].answer() for store in stores}
+        return {
+            store: [found if found and _may_fit(found, raw_bytes) else None for found in answer]
+            for store, answer in answers.items()
+        }
 
     def _worth_reading(self, sources: list[_Source]) -> list[_Source]:
         """Up to the first block of a tier from which reading them would take longer than computing them."""
@@ -249,23 +262,29 @@ class Lookup:
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
-    def _fetch(self, pin: Pin, sources: Sequence[_Source]) -> int:
-        """Bring these blocks, which follow the pin, as far as they come; how many did."""
-        brought = 0
-        for batch in _batches(sources):
-            if self._ended:
-                break
-            arrived = self._fetch_batch(pin, batch)
-            brought += arrived
-            if arrived < len(batch):
-                break
-        return brought
+    def _fetch(self, pin: Pin, sources: Sequence[_Source]) -> bool:
+        """Bring these blocks, which follow the pin; whether all came."""
+        return all(not self._ended and self._fetch_or_await(pin, batch) for batch in _batches(sources))
+
+    def _fetch_or_await(self, pin: Pin, batch: Sequence[_Source]) -> bool:
+        """Bring these blocks, or see somebody else do it; whether all came, and were fetched here."""
+        claim, is_ours = self._parts.claims.claim([source.found.key for source in batch])
+        if not is_ours:
+            if not claim.wait(max(0.0, self._until_s - time.monotonic())):
+                self.end()
+            self._parts.index.advance(pin, self._prompt.tokens, self._prompt.extras, counted=False)
+            return False
+        try:
+            return self._fetch_batch(pin, batch[: len(claim.blocks)]) == len(batch)
+        finally:
+            claim.release()
 
     def _fetch_batch(self, pin: Pin, batch: Sequence[_Source]) -> int:
         """Records of one store and one length; how many leading ones are in the tree now."""
         memory, account = self._parts.memory, pin.tree.account
         store, record_bytes = batch[0].store, batch[0].found.record_bytes
         slots = memory.allocate(account, record_bytes, len(batch)).slots
+        self._is_full = len(slots) < len(batch)
         heads = list(self._heads(pin, [source.found.key for source in batch[: len(slots)]]))
         good = 0
         try:
@@ -275,6 +294,9 @@ class Lookup:
             good = self._verified(pin, store, wanted, done, buffers, heads)
         finally:
             memory.free(account, slots[good:])
+        if good < len(slots):
+            self._failed.add((store.name, batch[good].found.key))
+            self._is_full = False
         return self._enter(pin, batch, heads, slots[:good])
 
     def _verified(
@@ -340,6 +362,13 @@ class Lookup:
         if is_raw:
             self._parts.ram_encoder.want(pin.node)
         return len(slots)
+
+
+def _may_fit(found: Found, raw_bytes: int) -> bool:
+    """Whether it may be a record of a model with such blocks: of one length if it is not encoded, else shorter."""
+    if found.record_bytes % PAGE_BYTES or found.record_bytes <= PAGE_BYTES:
+        return False
+    return found.record_bytes == raw_bytes if found.codec == CODEC_NONE else found.record_bytes < raw_bytes
 
 
 def _quickest_first(stores: Sequence[RemoteStore], nbytes: int) -> list[RemoteStore]:

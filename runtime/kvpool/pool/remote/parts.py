@@ -253,7 +253,6 @@ class Remote:
         for connector in self._connectors:
             connector.close()
         self._lookups.workers.shutdown(wait=False, cancel_futures=True)
-        self._lookups.askers.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             while self._running and (left := until_s - time.monotonic()) > 0:
                 self._changed.wait(left)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import Buffer
-from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, Usage
+from kvpool.tiers.tier import Found, Inquiry, KeyedTier, Moved, Sealed, TierName, Usage
 
 MAX_RECORDS = 200_000
 """That are remembered for one model; beyond it the oldest go from the tier too."""
@@ -86,6 +86,10 @@ class LimitedTier:
     def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
         """As `KeyedTier` says."""
         return self._tier.find(tree, keys, codecs)
+
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Inquiry:
+        """As `KeyedTier` says."""
+        return self._tier.inquire(tree, keys, codecs)
 
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
         """As `KeyedTier` says."""

@@ -12,12 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import CODEC_NONE, Buffer
 from kvpool.pool.costs import TierCosts
 from kvpool.resilience import BreakerLimits, BreakerState, Bulkhead, CircuitBreaker
-from kvpool.tiers.tier import Found, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import Found, Inquiry, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
 
 IN_FLIGHT_BYTES = 256 << 20
 """What may be on its way to or from one tier."""
@@ -101,17 +102,24 @@ class RemoteStore:
 
     def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
         """Which of these blocks it has, as `KeyedTier.find`; none where it is out."""
+        with closing(self.inquire(tree, keys, codecs)) as question:
+            return question.answer()
+
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Question:
+        """Ask what `find` asks; the answer is waited for later, so that several tiers are asked at once."""
         tier = self._tier
-        if tier is None or not keys or self.breaker.state is not BreakerState.CLOSED:
-            return [None] * len(keys)
-        try:
-            found = tier.find(tree, keys, codecs)
-        except TierUnavailableError as error:
-            self.fell_out(error.reason)
-            return [None] * len(keys)
+        inquiry = None
+        if tier is not None and keys and self.breaker.state is BreakerState.CLOSED:
+            try:
+                inquiry = tier.inquire(tree, keys, codecs)
+            except TierUnavailableError as error:
+                self.fell_out(error.reason)
+        return Question(self, inquiry, len(keys))
+
+    def count_found(self, blocks: int) -> None:
+        """Count blocks that the tier said it has."""
         with self._lock:
-            self.found_blocks += len(keys) - found.count(None)
-        return found
+            self.found_blocks += blocks
 
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> list[bool]:
         """Copy records into buffers; False for each that did not come whole. The caller verifies them."""
@@ -261,3 +269,32 @@ class RemoteStore:
         self.last_error = ""
         self.returned += 1
         _log.info("%s tier: written again", self.name)
+
+
+class Question:
+    """What a store was asked. For one thread; ends with `close`."""
+
+    __slots__ = ("_blocks", "_inquiry", "_store")
+
+    def __init__(self, store: RemoteStore, inquiry: Inquiry | None, blocks: int) -> None:
+        self._store, self._inquiry, self._blocks = store, inquiry, blocks
+
+    def answer(self) -> list[Found | None]:
+        """Wait for the answer, at most for the tier's budget; none where it is out."""
+        nothing: list[Found | None] = [None] * self._blocks
+        if self._inquiry is None:
+            return nothing
+        try:
+            found = self._inquiry.answer()
+        except TierUnavailableError as error:
+            self._store.fell_out(error.reason)
+            return nothing
+        there = self._blocks - found.count(None)
+        if there:
+            self._store.count_found(there)
+        return found
+
+    def close(self) -> None:
+        """Give up what is not answered."""
+        if self._inquiry is not None:
+            self._inquiry.close()

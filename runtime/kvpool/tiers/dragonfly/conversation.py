@@ -39,6 +39,9 @@ class Conversation:
                 raise
             self._ask_rest_anew()
         wire, self._wire = self._wire, None
+        if ServerError not in map(type, self.answers):
+            self._pool.give_back(wire)
+            return None
         errors = [
             (command.is_extra, answer.text)
             for command, answer in zip(self._commands, self.answers, strict=True)

@@ -21,6 +21,7 @@ class Exchange:
         self._answers = answers
         self._commands = commands
         self._at_once = max(at_once, 1)
+        self._are_small = not [command for command in commands if command.into is not None or len(command.request) > 1]
         self._asked = 0
         self._in_flight_bytes = 0
 
@@ -30,21 +31,32 @@ class Exchange:
 
     def finish(self) -> None:
         """Take all answers, and send the rest of the requests meanwhile. Raises `FaultError`; then close the wire."""
-        wire, answers = self._wire, self._answers
-        for at, command in enumerate(self._commands):
-            if self._asked < len(self._commands) and self._has_room(at):
+        wire, answers, commands = self._wire, self._answers, self._commands
+        at = 0
+        while at < len(commands):
+            if self._asked < len(commands) and self._has_room(at):
                 self._ask(at)
-            if command.into is None:
-                answers.append(wire.answer())
+            into = commands[at].into
+            if into is not None:
+                answers.append(wire.answer_into(into))
+                self._in_flight_bytes -= len(into)
             else:
-                answers.append(wire.answer_into(command.into))
-                self._in_flight_bytes -= len(command.into)
+                answers.append(wire.answer())
+                if self._are_small:
+                    numbers = wire.numbers(self._asked - at - 1)
+                    answers += numbers
+                    at += len(numbers)
+            at += 1
 
     def _has_room(self, answered: int) -> bool:
         """Whether half of what may be in flight has come: to ask for one at a time would be a system call for each."""
         return 2 * (self._asked - answered) <= self._at_once and 2 * self._in_flight_bytes <= IN_FLIGHT_BYTES
 
     def _ask(self, answered: int) -> None:
+        if self._are_small:
+            more = self._commands[self._asked : answered + self._at_once]
+            self._asked += len(more)
+            return self._wire.send([b"".join([command.request[0] for command in more])])
         parts: list[Bytes] = []
         small: list[bytes] = []
         last = min(answered + self._at_once, len(self._commands))
@@ -63,4 +75,4 @@ class Exchange:
                     small.clear()
         if small:
             parts.append(b"".join(small))
-        self._wire.send(parts)
+        return self._wire.send(parts)

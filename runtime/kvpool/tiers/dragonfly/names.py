@@ -9,12 +9,15 @@ server may be shared with other programs under an ACL of `~kvpool:*`, and no nam
 There are no braces: those would put all keys with equal text between them on one node of a cluster.
 """
 
+from binascii import hexlify
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
+from kvpool.blocks.identity import KEY_BYTES, BlockKey, Fingerprint, TenantDigest, TreeId
 
 PREFIX = "kvpool:1:"
 _MODEL_BYTES = 8
+_KEY_DIGITS = 2 * KEY_BYTES
 _FIELDS = 7
 _MAX_EPOCH_DIGITS = 20
 
@@ -28,9 +31,15 @@ class Names:
         model = _model(tree.fingerprint)
         self._start = f"{PREFIX}{tree.tenant.hex()}:{tree.epoch}:{model}:".encode()
 
+    def of_all(self, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[bytes]:
+        """The keys of all records that there may be of these blocks, block by block."""
+        starts = [b"%b%d:" % (self._start, codec) for codec in codecs]
+        digits = hexlify(b"".join(keys))
+        return [start + digits[at : at + _KEY_DIGITS] for at in range(0, len(digits), _KEY_DIGITS) for start in starts]
+
     def of(self, key: BlockKey, codec: int) -> bytes:
         """The key of a block's record in this codec."""
-        return b"%b%d:%b" % (self._start, codec, key.hex().encode())
+        return b"%b%d:%b" % (self._start, codec, hexlify(key))
 
 
 class Parts(NamedTuple):

@@ -9,6 +9,7 @@ node that stalls while it is connected to costs one of its own.)
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -77,25 +78,18 @@ class Servers:
 
     def ask(self, commands: list[Command], patience: Patience, at_once: int) -> Answers:
         """Ask each at the server that has its key. Raises `FaultError` where it is not even known which that is."""
-        if not commands:
-            return Answers([])
-        parts = _by_owner(commands, self.topology(patience))
-        answers = Answers([UNANSWERED] * len(commands), asked=len(parts))
-        self._round(parts, answers, patience, at_once)
-        moved = [
-            at for at, answer in enumerate(answers.each) if isinstance(answer, ServerError) and answer.is_elsewhere
-        ]
-        if moved:
-            self._outdated = True
-            followed = self._followed(moved, commands, answers)
-            answers.asked += len(followed)
-            self._round(followed, answers, patience, at_once)
-        return answers
+        with closing(self.begin(commands, patience, at_once)) as call:
+            return call.answers()
+
+    def begin(self, commands: list[Command], patience: Patience, at_once: int) -> "Call":
+        """Ask as `ask` does, and leave the waiting for later. Raises `FaultError` as that does."""
+        return Call(self, commands, patience, at_once)
 
     def ask_at(self, node: Node | None, commands: list[Command], patience: Patience, at_once: int) -> list[Answer]:
         """Ask one server. Raises `FaultError` where it did not answer."""
         answers = Answers([UNANSWERED] * len(commands), asked=1)
-        self._round([_Part(node, commands, range(len(commands)))], answers, patience, at_once)
+        with closing(_Round(self, [_Part(node, commands, range(len(commands)))], answers, patience, at_once)) as asked:
+            asked.finish()
         if answers.faults:
             raise RefusedError(answers.fault)
         return answers.each
@@ -121,45 +115,33 @@ class Servers:
         for pool in pools:
             pool.close()
 
-    # --- one round ---------------------------------------------------------------------------------------------------
+    # --- for calls ---------------------------------------------------------------------------------------------------
 
-    def _round(self, parts: Sequence[_Part], answers: Answers, patience: Patience, at_once: int) -> None:
-        """Ask every part of its server; what comes is put into `answers`.
+    def in_order(self, parts: Sequence[_Part]) -> Sequence[_Part]:
+        """As they are asked: in the nodes' order, for two calls that wait for each other's connections wait in vain.
 
-        Connections are borrowed in the nodes' order: two calls that wait for each other's would wait in vain. Nodes
-        that failed the last time come after the others, which have been asked by the time that those fail again.
+        Nodes that failed the last time come after the others, which have been asked by the time that those fail again.
         """
-        begun: list[tuple[_Part, Conversation]] = []
-        try:
-            for part in sorted(parts, key=lambda part: (part.node in self._paused, part.node or ("", 0))):
-                try:
-                    self._check_pause(part.node)
-                    conversation = Conversation(self._pool(part.node), part.commands, patience, at_once)
-                except FaultError as error:
-                    self._pause(part.node, error)
-                    answers.faults.append(str(error))
-                    patience.moved()  # those that come now have not been asked yet
-                else:
-                    begun.append((part, conversation))
-            for part, conversation in begun:
-                try:
-                    fault = conversation.finish()
-                except FaultError as error:
-                    fault = error
-                for position, answer in zip(part.positions, conversation.answers, strict=False):
-                    if position >= 0:
-                        answers.each[position] = answer
-                if fault is None:
-                    self._paused.pop(part.node, None)
-                else:
-                    self._pause(part.node, fault)
-                    answers.faults.append(str(fault))
-        finally:
-            for _, conversation in begun:
-                conversation.close()
+        if len(parts) == 1:
+            return parts
+        return sorted(parts, key=lambda part: (part.node in self._paused, part.node or ("", 0)))
 
-    def _followed(self, moved: Sequence[int], commands: Sequence[Command], answers: Answers) -> list[_Part]:
+    def converse(self, part: _Part, patience: Patience, at_once: int) -> Conversation:
+        """Ask a part of its server. Raises `FaultError`."""
+        if self._paused:
+            self._check_pause(part.node)
+        return Conversation(self._pool(part.node), part.commands, patience, at_once)
+
+    def note(self, node: Node | None, fault: FaultError | None) -> None:
+        """What came of asking a node."""
+        if fault is not None:
+            self._pause(node, fault)
+        elif self._paused:
+            self._paused.pop(node, None)
+
+    def followed(self, moved: Sequence[int], commands: Sequence[Command], answers: Answers) -> list[_Part]:
         """What is to be asked elsewhere, as the answers say."""
+        self._outdated = True
         parts: dict[Node, _Part] = {}
         for at in moved:
             answer = answers.each[at]
@@ -245,6 +227,82 @@ class Servers:
                 self._paused.pop(node, None)
         for pool in gone:
             pool.retire()
+
+
+class Call:
+    """What was asked of the servers that have the keys. For one thread; ends with `close`."""
+
+    def __init__(self, servers: Servers, commands: list[Command], patience: Patience, at_once: int) -> None:
+        parts = _by_owner(commands, servers.topology(patience)) if commands else []
+        self._servers, self._commands, self._patience, self._at_once = servers, commands, patience, at_once
+        self._answers = Answers([UNANSWERED] * len(commands), asked=len(parts))
+        self._round = _Round(servers, parts, self._answers, patience, at_once)
+
+    def answers(self) -> Answers:
+        """Wait for the answers, and follow those that lead elsewhere."""
+        answers = self._answers
+        self._round.finish()
+        if ServerError not in map(type, answers.each):
+            return answers
+        moved = [
+            at for at, answer in enumerate(answers.each) if isinstance(answer, ServerError) and answer.is_elsewhere
+        ]
+        if moved:
+            followed = self._servers.followed(moved, self._commands, answers)
+            answers.asked += len(followed)
+            self._round.close()
+            self._round = _Round(self._servers, followed, answers, self._patience, self._at_once)
+            self._round.finish()
+        return answers
+
+    def close(self) -> None:
+        """Close the connections on which something may come still. Calling it again does nothing."""
+        self._round.close()
+
+
+class _Round:
+    """Asks every part of its server; `finish` puts what comes into `answers`."""
+
+    def __init__(
+        self, servers: Servers, parts: Sequence[_Part], answers: Answers, patience: Patience, at_once: int
+    ) -> None:
+        self._servers, self._answers = servers, answers
+        self._begun: list[tuple[_Part, Conversation]] = []
+        try:
+            for part in servers.in_order(parts):
+                try:
+                    self._begun.append((part, servers.converse(part, patience, at_once)))
+                except FaultError as error:
+                    self._note(part, error)
+                    patience.moved()  # those that come now have not been asked yet
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Wait for the answers."""
+        for part, conversation in self._begun:
+            try:
+                fault = conversation.finish()
+            except FaultError as error:
+                fault = error
+            if isinstance(part.positions, range) and len(conversation.answers) == len(part.positions):
+                self._answers.each[:] = conversation.answers
+            else:
+                for position, answer in zip(part.positions, conversation.answers, strict=False):
+                    if position >= 0:
+                        self._answers.each[position] = answer
+            self._note(part, fault)
+
+    def close(self) -> None:
+        """Give up what has not been answered."""
+        for _, conversation in self._begun:
+            conversation.close()
+
+    def _note(self, part: _Part, fault: FaultError | None) -> None:
+        self._servers.note(part.node, fault)
+        if fault is not None:
+            self._answers.faults.append(str(fault))
 
 
 def _by_owner(commands: list[Command], topology: Topology) -> list[_Part]:

@@ -11,8 +11,9 @@ records, of a call are in flight at once. Names of hosts are looked up by the sy
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
+from typing import TypeGuard
 
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.layout import PAGE_BYTES
@@ -25,9 +26,9 @@ from kvpool.tiers.dragonfly.faults import FaultError
 from kvpool.tiers.dragonfly.names import Names, Parts, is_of_model, model_pattern, tenant_pattern
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.server_info import ServerInfo, info_of_all
-from kvpool.tiers.dragonfly.servers import Answers, Servers
+from kvpool.tiers.dragonfly.servers import Answers, Call, Servers
 from kvpool.tiers.dragonfly.sweeping import sweep
-from kvpool.tiers.tier import Found, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import Found, Inquiry, Moved, Sealed, TierName, TierUnavailableError, Usage
 
 MIN_RECORD_BYTES = 2 * PAGE_BYTES
 MAX_RECORD_BYTES = 512 << 20
@@ -64,10 +65,16 @@ class DragonflyTier:
 
     def find(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> list[Found | None]:
         """As `KeyedTier` says."""
+        with closing(self.inquire(tree, keys, codecs)) as inquiry:
+            return inquiry.answer()
+
+    def inquire(self, tree: TreeId, keys: Sequence[BlockKey], codecs: Sequence[int]) -> Inquiry:
+        """As `KeyedTier` says."""
         self._know(codecs)
         names = Names(tree)
-        lengths = iter(self._lengths([names.of(key, codec) for key in keys for codec in codecs], self._patience()))
-        return [_first(key, [(codec, next(lengths)) for codec in codecs]) for key in keys]
+        questions = [commands.length_of(name) for name in names.of_all(keys, codecs)]
+        with _faults_are_outages():
+            return _Lengths(self._servers.begin(questions, self._patience(), self.batch_size), keys, codecs)
 
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
         """As `KeyedTier` says."""
@@ -104,7 +111,7 @@ class DragonflyTier:
         """As `KeyedTier` says."""
         self._know(codecs)
         names = Names(tree)
-        _check(self._ask_to_keep([names.of(key, codec) for key in keys for codec in codecs], self._patience()))
+        _check(self._ask_to_keep(names.of_all(keys, codecs), self._patience()))
 
     def drop(self, tree: TreeId, found: Sequence[Found]) -> None:
         """As `KeyedTier` says."""
@@ -158,7 +165,7 @@ class DragonflyTier:
     def _every(self, names: Names, keys: Sequence[BlockKey]) -> list[bytes]:
         """The keys of all records that there may be of these blocks."""
         codecs = sorted(self._codecs)
-        return [names.of(key, codec) for key in keys for codec in codecs]
+        return names.of_all(keys, codecs)
 
     def _lengths(self, named: Sequence[bytes], patience: Patience) -> list[Answer]:
         answers = self._ask([commands.length_of(name) for name in named], [], patience)
@@ -195,6 +202,27 @@ class DragonflyTier:
             return sweep(self._servers, pattern, is_doomed, self._patience, self.batch_size)
 
 
+class _Lengths:
+    """An inquiry for the lengths of all values that there may be of some blocks."""
+
+    def __init__(self, call: Call, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
+        self._call, self._keys, self._codecs = call, keys, codecs
+
+    def answer(self) -> list[Found | None]:
+        """As `Inquiry` says."""
+        with _faults_are_outages():
+            answers = self._call.answers()
+        _check(answers)
+        if not any(answers.each):
+            return [None] * len(self._keys)
+        lengths = iter(answers.each)
+        return [_first(key, [(codec, next(lengths)) for codec in self._codecs]) for key in self._keys]
+
+    def close(self) -> None:
+        """As `Inquiry` says."""
+        self._call.close()
+
+
 def _is_unknown(answer: Answer) -> bool:
     """Whether a server does not know a command, or not this form of it."""
     return isinstance(answer, ServerError) and answer.code == "ERR"
@@ -224,9 +252,13 @@ def _reads(name: bytes, into: memoryview) -> list[Command]:
 def _first(key: BlockKey, lengths: Sequence[tuple[int, Answer]]) -> Found | None:
     """The first codec under which there is what can be a record."""
     for codec, length in lengths:
-        if isinstance(length, int) and MIN_RECORD_BYTES <= length <= MAX_RECORD_BYTES and not length % PAGE_BYTES:
+        if _may_be_a_record(length):
             return Found(key, codec, length)
     return None
+
+
+def _may_be_a_record(length: Answer) -> TypeGuard[int]:
+    return isinstance(length, int) and MIN_RECORD_BYTES <= length <= MAX_RECORD_BYTES and not length % PAGE_BYTES
 
 
 def _refusal(answers: Answers) -> str:
@@ -239,6 +271,8 @@ def _check(answers: Answers) -> None:
     """Raise `TierUnavailableError` where no server answered, or all that was asked for was refused."""
     if answers.nobody_answered:
         raise TierUnavailableError(TierName.DRAGONFLY, answers.fault)
+    if ServerError not in map(type, answers.each):
+        return
     refusal = _refusal(answers)
     if refusal and all(isinstance(answer, ServerError) for answer in answers.each):
         raise TierUnavailableError(TierName.DRAGONFLY, refusal)

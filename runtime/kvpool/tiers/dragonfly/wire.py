@@ -6,6 +6,7 @@ touched for them. Not safe for several threads: whoever has borrowed it is alone
 so that once it is closed nothing can arrive anywhere.
 """
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -26,6 +27,7 @@ _ELEMENT_BYTES = 64
 _LINE_BYTES = 256
 _MAX_PARTS = 64
 _CRLF = b"\r\n"
+_NUMBERS = re.compile(rb"(?::[0-9]{1,18}\r\n)+")
 _INT, _SIMPLE, _ERROR, _BULK, _ARRAY = b":+-$*"
 
 
@@ -90,6 +92,15 @@ class Wire:
         """The next answer, which is small: all of it together takes less than `MAX_ANSWER_BYTES`."""
         self._room_bytes = MAX_ANSWER_BYTES
         return self._element(0)
+
+    def numbers(self, at_most: int) -> list[int]:
+        """The next answers that are integers and have come already: many small ones, without a step for each."""
+        come = _NUMBERS.match(self._buffer, self._start, self._end)
+        if at_most <= 0 or come is None:
+            return []
+        each = come[0].split(_CRLF, at_most)
+        self._start = come.end() - len(each.pop())
+        return [int(line[1:]) for line in each]
 
     def _element(self, depth: int) -> Answer:
         line = self._line()

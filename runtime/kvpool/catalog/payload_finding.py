@@ -1,0 +1,149 @@
+"""Asks PostgreSQL which records there are, and leaves the waiting for later: with libpq's own calls.
+
+psycopg's cursors wait where they send, and take longer for one row than the server does. What goes and comes is binary:
+
+    an array    dimensions: 1 (4), whether there are nulls: 0 (4), type (4), length (4), first index: 1 (4), elements
+    an element  length (4), bytes
+"""
+
+import struct
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import psycopg
+from psycopg import pq
+from psycopg.abc import PQGen
+from psycopg.waiting import Ready, Wait
+
+from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.layout import PAGE_BYTES
+from kvpool.catalog import payload_statements as sql
+from kvpool.catalog.bounded_connection import BoundedConnection
+from kvpool.catalog.sessions import Sessions
+from kvpool.tiers.tier import Found
+
+_STATEMENT = sql.FIND.replace(b"%(keys)b", b"$1").replace(b"%(codecs)b", b"$2")
+_NAME = b"kvpool_find"
+_BINARY = 1
+_BYTEA, _INT2 = 17, 21
+_BYTEA_ARRAY, _INT2_ARRAY = 1001, 1005
+_TYPES, _FORMATS = (_BYTEA_ARRAY, _INT2_ARRAY), (_BINARY, _BINARY)
+_ARRAY = struct.Struct(">iiIii")
+_KEY_LENGTH = struct.pack(">i", KEY_BYTES)
+_CODEC = struct.Struct(">ih")
+_INT2_VALUE, _INT4_VALUE = struct.Struct(">h"), struct.Struct(">i")
+
+
+class RecordInquiry:
+    """Which of these blocks have a record: one statement, on a connection that is borrowed until `close`.
+
+    The connection's budget counts from the beginning. Raises `TierUnavailableError`.
+    """
+
+    def __init__(self, sessions: Sessions, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
+        self._keys, self._codecs = keys, codecs
+        self._borrowed = ExitStack()
+        self._connection = self._borrowed.enter_context(sessions.borrow())
+        self._until_s = time.monotonic() + self._connection.budget_s
+        with self._faults_end_it():
+            _send(self._connection, (_array(_BYTEA, _KEY_LENGTH, keys), _codec_array(codecs)))
+
+    def answer(self) -> list[Found | None]:
+        """As `Inquiry` says."""
+        with self._faults_end_it():
+            self._connection.budget_s = max(0.0, self._until_s - time.monotonic())
+            there = _rows(self._connection.wait(_result(self._connection.pgconn)))
+        self._borrowed.close()
+        if not there:
+            return [None] * len(self._keys)
+        return [_first(there, key, self._codecs) for key in self._keys]
+
+    def close(self) -> None:
+        """As `Inquiry` says. A connection whose answer has not been read is closed."""
+        self._borrowed.close()
+
+    @contextmanager
+    def _faults_end_it(self) -> Iterator[None]:
+        """What the block raises is raised where the connection is borrowed, which closes it."""
+        try:
+            yield
+        except BaseException:
+            self._borrowed.__exit__(*sys.exc_info())
+            raise
+
+
+def _send(connection: BoundedConnection, parameters: tuple[bytes, bytes]) -> None:
+    """Send the statement, as far as that needs no waiting."""
+    pgconn = connection.pgconn
+    if connection.prepare_threshold is None:
+        pgconn.send_query_params(_STATEMENT, parameters, _TYPES, _FORMATS, _BINARY)
+    else:
+        if _NAME not in connection.prepared:
+            pgconn.send_prepare(_NAME, _STATEMENT, _TYPES)
+            connection.wait(_result(pgconn))
+            connection.prepared.add(_NAME)
+        pgconn.send_query_prepared(_NAME, parameters, _FORMATS, _BINARY)
+    pgconn.flush()
+
+
+def _result(pgconn: pq.abc.PGconn) -> PQGen[pq.abc.PGresult]:
+    """What the statement that was sent brought. Raises `psycopg.Error`."""
+    while pgconn.flush():
+        ready = yield Wait.RW
+        if ready & Ready.R:
+            pgconn.consume_input()
+    results: list[pq.abc.PGresult] = []
+    while True:
+        while pgconn.is_busy():
+            yield Wait.R
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            break
+        results.append(result)
+    if not results:
+        raise psycopg.OperationalError(pgconn.get_error_message())
+    result = results[0]
+    if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+        state = result.error_field(pq.DiagnosticField.SQLSTATE) or b""
+        message = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or result.error_message
+        raise _error_of(state.decode())(message.decode(errors="replace"))
+    return result
+
+
+def _error_of(sqlstate: str) -> type[psycopg.Error]:
+    try:
+        return psycopg.errors.lookup(sqlstate)
+    except KeyError:
+        return psycopg.OperationalError
+
+
+def _rows(result: pq.abc.PGresult) -> dict[tuple[bytes, int], int]:
+    """The length of each record that there is, by its key and codec."""
+    there: dict[tuple[bytes, int], int] = {}
+    for row in range(result.ntuples):
+        key, codec, nbytes = (result.get_value(row, column) or b"" for column in range(3))
+        length = _INT4_VALUE.unpack(nbytes)[0]
+        if length >= PAGE_BYTES and not length % PAGE_BYTES:
+            there[key, _INT2_VALUE.unpack(codec)[0]] = length
+    return there
+
+
+def _first(there: dict[tuple[bytes, int], int], key: BlockKey, codecs: Sequence[int]) -> Found | None:
+    for codec in codecs:
+        nbytes = there.get((key, codec))
+        if nbytes is not None:
+            return Found(key, codec, nbytes)
+    return None
+
+
+def _array(element: int, length: bytes, values: Sequence[bytes]) -> bytes:
+    """An array of values that all have one length, which comes packed."""
+    return _ARRAY.pack(1, 0, element, len(values), 1) + b"".join([length + value for value in values])
+
+
+def _codec_array(codecs: Sequence[int]) -> bytes:
+    elements = b"".join(_CODEC.pack(_INT2_VALUE.size, codec) for codec in codecs)
+    return _ARRAY.pack(1, 0, _INT2, len(codecs), 1) + elements
