@@ -272,12 +272,18 @@ class Lookup:
         if not is_ours:
             if not claim.wait(max(0.0, self._until_s - time.monotonic())):
                 self.end()
-            self._parts.index.advance(pin, self._prompt.tokens, self._prompt.extras, counted=False)
+            self._advance(pin)
             return False
         try:
+            if self._advance(pin):  # somebody else has brought it since it was asked for
+                return False
             return self._fetch_batch(pin, batch[: len(claim.blocks)]) == len(batch)
         finally:
             claim.release()
+
+    def _advance(self, pin: Pin) -> int:
+        """Lengthen the pin over what others have brought; by how many blocks."""
+        return self._parts.index.advance(pin, self._prompt.tokens, self._prompt.extras, counted=False)
 
     def _fetch_batch(self, pin: Pin, batch: Sequence[_Source]) -> int:
         """Records of one store and one length; how many leading ones are in the tree now."""
