@@ -271,6 +271,7 @@ class Lookup:
         claim, is_ours = self._parts.claims.claim([source.found.key for source in batch])
         if not is_ours:
             if not claim.wait(max(0.0, self._until_s - time.monotonic())):
+                self._expired = True
                 self.end()
             self._advance(pin)
             return False
