@@ -162,6 +162,9 @@ _LOCATIONS = Statement(f"""
 """)  # noqa: S608 - a constant
 """Of what a batch stores and removes by turns, the end counts: what it removes was removed before this statement."""
 
+_KEEP_PLANS = Statement("select set_config('plan_cache_mode', %(mode)s, true)")
+"""For each location the server sees that its block is there; to plan that anew for each takes half of all the time."""
+
 _PROMPTS = Statement(f"""
     insert into kvpool.prompts (
         fingerprint, tenant, epoch, leaf, tokens, first_asked_at, last_asked_at, asks, embedding)
@@ -249,7 +252,11 @@ def write(connection: Connection, node: UUID, session: int, ops: Sequence[Op]) -
     if tenants := {tree.tenant for op in ops for tree in _trees_of(op)}:
         connection.execute(_HOLD_EPOCHS, {"tenants": sorted(tenants)})
     for statement, parameters in statements(node, session, ops):
+        if statement is _LOCATIONS:
+            connection.execute(_KEEP_PLANS, {"mode": "auto"})
         connection.execute(statement, parameters)
+        if statement is _LOCATIONS:
+            connection.execute(_KEEP_PLANS, {"mode": "force_custom_plan"})
 
 
 def statements(node: UUID, session: int, ops: Sequence[Op]) -> Iterable[tuple[Statement, Parameters]]:

@@ -14,7 +14,7 @@ Connection: TypeAlias = psycopg.Connection[Any]
 
 _TIERS = {tier.value: tier for tier in TierName}
 
-_LOCATE = Statement("""
+LOCATE = Statement("""
     select key, tier, node, codec, nbytes, extract(epoch from since)::float8
     from kvpool.locations where key = any(%(keys)b::bytea[]) order by key, since
 """)
@@ -24,7 +24,7 @@ LOCATE_ONE = Statement("""
     from kvpool.locations where key = %(key)b order by since
 """)
 
-_TRAIL = Statement("""
+TRAIL = Statement("""
     select wanted.key, last.tier, last.node, last.reason, extract(epoch from last.at)::float8
     from unnest(%(keys)b::bytea[]) wanted (key)
          cross join lateral (
@@ -60,7 +60,7 @@ def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey
     if len(keys) == 1:
         rows = connection.execute(LOCATE_ONE, {"key": keys[0]}, binary=True)
     else:
-        rows = connection.execute(_LOCATE, {"keys": list(keys)}, binary=True)
+        rows = connection.execute(LOCATE, {"keys": list(keys)}, binary=True)
     for key, tier, node, codec, nbytes, since_s in rows.fetchall():
         found.setdefault(key, []).append(Location(_TIERS[tier], node, codec, nbytes, since_s))
     return found
@@ -68,5 +68,5 @@ def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey
 
 def trail(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, Eviction]:
     """How a copy of each of these blocks went last; no entry where none did, or so long ago that it is forgotten."""
-    rows = connection.execute(_TRAIL, {"keys": list(keys)}, binary=True).fetchall()
+    rows = connection.execute(TRAIL, {"keys": list(keys)}, binary=True).fetchall()
     return {key: Eviction(_TIERS[tier], node, reason, at_s) for key, tier, node, reason, at_s in rows}

@@ -135,7 +135,8 @@ class PostgresRecipe:
             "unix_socket_permissions": "0700",
             "password_encryption": "scram-sha-256",
             "max_connections": str(self._connections + _RESERVE),
-            "shared_buffers": "64MB",
+            "shared_buffers": "128MB",
+            "wal_buffers": "16MB",
             "fsync": "on",
             "synchronous_commit": "on",
             "wal_level": "minimal",  # nobody replicates

@@ -5,8 +5,9 @@ location, two rows of the database. The keys are random, as those of blocks are.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from kvpool.catalog.encoding import encode
 from kvpool.catalog.journal import Journal
 from kvpool.catalog.migrations import Schema
 from kvpool.catalog.rows import Batch, BlocksRemoved, BlocksStored, ModelSeen
+from kvpool.catalog.statement import Statement
 from kvpool.catalog.writer import CatalogWriter
 from kvpool.tiers.tier import TierName
 
@@ -136,10 +138,21 @@ def _asked(catalog: Catalog, bare: Connection, conditions: Conditions) -> Iterat
         3 * conditions.rounds,
     )
     yield Row("catalog.select.1", "us", of_one.in_unit(_US), ratio_at_most(1.3))
-    of_many = alone(seconds_per_call(lambda: catalog.locate(next(batches)), calls // 5), conditions.rounds)
-    yield Row(f"catalog.select.{BATCH_KEYS}", "ms", of_many.in_unit(_MS), at_most(2.0))
-    of_trail = alone(seconds_per_call(lambda: catalog.trail(next(batches)), calls // 5), conditions.rounds)
-    yield Row(f"catalog.trail.{BATCH_KEYS}", "ms", of_trail.in_unit(_MS), at_most(2.0))
+    for name, ask, statement in (("select", catalog.locate, trail.LOCATE), ("trail", catalog.trail, trail.TRAIL)):
+        of_many = beside(
+            seconds_per_call(partial(_call_with_next, ask, batches), calls // 5),
+            seconds_per_call(partial(_fetch_all, bare, statement, batches), calls // 5),
+            conditions.rounds,
+        )
+        yield Row(f"catalog.{name}.{BATCH_KEYS}", "ms", of_many.in_unit(_MS), at_most(2.0))
+
+
+def _call_with_next(ask: Callable[[Sequence[BlockKey]], object], batches: Iterator[Sequence[BlockKey]]) -> None:
+    ask(next(batches))
+
+
+def _fetch_all(bare: Connection, statement: Statement, batches: Iterator[Sequence[BlockKey]]) -> None:
+    bare.execute(statement, {"keys": list(next(batches))}, binary=True).fetchall()
 
 
 def _offered(connections: Connections, schema: Schema, conditions: Conditions) -> Iterator[Row]:
