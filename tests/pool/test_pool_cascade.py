@@ -138,6 +138,19 @@ def test_a_prompt_larger_than_ram_is_loaded_from_ssd(tmp_path: Path) -> None:
         check(pool, leases=())
 
 
+@pytest.mark.parametrize("ram_blocks", range(5, 40))
+def test_a_prompt_larger_than_ram_is_loaded_whole_wherever_its_own_blocks_fill_that(
+    tmp_path: Path, ram_blocks: int
+) -> None:
+    with open_pool(tmp_path, ssd=4 * MIB) as pool:
+        store(pool.register(spec()), prompt(50))
+    with open_pool(tmp_path, ram=ram_blocks * RECORD, ssd=4 * MIB) as pool:
+        model = pool.register(spec())
+        for _ in range(3):
+            assert load(model, prompt(50)) == 50
+        check(pool, leases=())
+
+
 def test_a_prompt_is_loaded_through_the_one_slot_that_is_not_leased(tmp_path: Path) -> None:
     with open_pool(tmp_path, ssd=4 * MIB) as pool:
         store(pool.register(spec()), prompt(50))
@@ -150,7 +163,7 @@ def test_a_prompt_is_loaded_through_the_one_slot_that_is_not_leased(tmp_path: Pa
             check(pool, leases=[lease])
 
 
-def test_where_all_of_ram_is_leased_nothing_comes_from_ssd(tmp_path: Path) -> None:
+def test_where_all_of_ram_is_leased_blocks_come_from_ssd_and_are_not_kept(tmp_path: Path) -> None:
     with open_pool(tmp_path, ssd=4 * MIB) as pool:
         store(pool.register(spec()), FOUR)
     with open_pool(tmp_path, ram=8 * RECORD, ssd=4 * MIB) as pool:
@@ -158,8 +171,9 @@ def test_where_all_of_ram_is_leased_nothing_comes_from_ssd(tmp_path: Path) -> No
         store(model, prompt(8, seed=2))
         flushed(pool)
         with model.match(prompt(8, seed=2)) as lease:
-            assert load(model, FOUR) == 0
-            assert pool.stats().short_loads == 1
+            assert served(model, FOUR) == {SSD: 4}
+            assert served(model, FOUR) == {SSD: 4}
+            assert pool.stats().short_loads == 0
             assert loaded_blocks(lease, model, prompt(8, seed=2)) == 8
         assert load(model, FOUR) == 4
         check(pool, leases=())

@@ -19,6 +19,7 @@ from kvpool.prefix.heads import edge_heads
 from kvpool.prefix.node import GPU, LEVELS, NOWHERE, SSD, Node
 from kvpool.resilience import BreakerState
 from kvpool.tiers.ssd.place import bytes_of
+from kvpool.tiers.ssd.scratch import aligned
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 _log = logging.getLogger(__name__)
@@ -154,11 +155,10 @@ class Chores:
             engine.store.reads.succeeded()  # nothing lies there: nothing can be learnt, and nothing goes wrong
             return
         place, head, account = record
-        slots = [] if engine.readers.pending else engine.memory.allocate(account, bytes_of(place), 1).slots
-        if not slots:  # still stuck in the reads that opened the breaker, or all memory is leased: later
+        if engine.readers.pending:  # still stuck in the reads that opened the breaker: later
             engine.store.stalled(budget_s)
             return
-        probe = ReadJob([place], slots, [head], account)
+        probe = ReadJob([place], [aligned(bytes_of(place))], [head], slots=[], account=account)
         engine.readers.submit(probe)
         if not engine.readers.wait(probe, budget_s):
             engine.store.stalled(budget_s)
@@ -166,8 +166,6 @@ class Chores:
             _log.info("ssd tier: reads are served again")
         else:
             engine.store.reads.trip(engine.store.last_error)
-        if probe.abandon():
-            engine.memory.free(account, probe.slots)
 
     def _some_record(self) -> tuple[int, Head, Account] | None:
         with self._engine.index.lock:

@@ -1,7 +1,8 @@
 """Brings the blocks of one lease that lie on SSD alone into RAM, ahead of the copy that waits for them.
 
-A fetch keeps a window of reads in flight. Where RAM is full of leased blocks, it goes on with the slots that it has: a
-block is then delivered and not kept. It ends early, without an error, where a record is bad or the tier stalls.
+A fetch keeps a window of reads in flight. Where RAM is full of leased blocks, it goes on with the slots that it has, or
+with a little memory of its own: a block is then delivered and not kept. It ends early, without an error, where a record
+is bad or the tier stalls.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvpool.blocks.record import codec_in
+from kvpool.blocks.record import Buffer, codec_in
 from kvpool.pool.copies import Copies
 from kvpool.pool.events import EventBus, Form
 from kvpool.pool.memory import Memory
@@ -23,11 +24,14 @@ from kvpool.prefix.history import Loss
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.node import RAM, SSD
 from kvpool.tiers.ssd.place import bytes_of
+from kvpool.tiers.ssd.scratch import aligned
 from kvpool.tiers.tier import TierName
 
 JOB_BYTES = 4 << 20
 JOB_BLOCKS = 32
 WINDOW_BYTES = 32 << 20
+SCRATCH_BYTES = 1 << 20
+"""What a load that finds RAM full of leased blocks takes beside it: so much, or one record if that is larger."""
 
 
 class Batch(NamedTuple):
@@ -70,6 +74,7 @@ class Fetch:
     _current: tuple[Batch, ReadJob] | None = None
     _spare: list[int] = field(default_factory=list)
     _starved: bool = False
+    _scratch: list[Buffer] = field(default_factory=list)
 
     @classmethod
     def begin(
@@ -88,12 +93,14 @@ class Fetch:
         fetch._submit()
         return fetch
 
-    def slot(self, block: int) -> int | None:
-        """The RAM slot that holds this block, verified; None where it is not to be had. Blocks are asked for in order.
+    def record(self, block: int) -> Buffer | None:
+        """The record of this block, verified; None where it is not to be had. Blocks are asked for in order.
 
-        The slot is good until the next call.
+        The record is good until the next call.
         """
         if self._current is None or block >= self._current[0].first + len(self._current[0].places):
+            if not self._flying:
+                self._submit()  # before this one's slots are kept: the last that there are go on to the next
             self._finish_current()
             if not self._next(block):
                 return None
@@ -102,7 +109,7 @@ class Fetch:
         at = block - batch.first
         fault = job.faults[at]
         if fault is None:
-            return job.slots[at]
+            return job.buffers[at]
         self._lose(block, batch.places[at], fault)
         return None
 
@@ -135,19 +142,28 @@ class Fetch:
         while self._todo and (not self._flying or flying_bytes < self.window_bytes):
             batch = self._todo[0]
             slots = self._slots(batch.record_bytes, len(batch.places))
-            if not slots:
+            buffers = [self.parts.memory.ram.record(slot) for slot in slots] or self._own_buffers(batch)
+            count = len(buffers)
+            if not count:
                 return
             self._todo.popleft()
-            if len(slots) < len(batch.places):
-                self._todo.appendleft(Batch(batch.first + len(slots), batch.places[len(slots) :]))
-                batch = Batch(batch.first, batch.places[: len(slots)])
-            heads = pinned_heads(
-                self.parts.index, self.pin, batch.first, len(slots), payload_bytes=self.payload_bytes
-            )  # fmt: skip
-            job = ReadJob(batch.places, slots, heads, self.pin.tree.account)
+            if count < len(batch.places):
+                self._todo.appendleft(Batch(batch.first + count, batch.places[count:]))
+                batch = Batch(batch.first, batch.places[:count])
+            heads = pinned_heads(self.parts.index, self.pin, batch.first, count, payload_bytes=self.payload_bytes)
+            job = ReadJob(batch.places, buffers, heads, slots=slots, account=self.pin.tree.account)
             flying_bytes += job.nbytes
             self._flying.append((batch, job))
             self.parts.readers.submit(job)
+
+    def _own_buffers(self, batch: Batch) -> Sequence[Buffer]:
+        """Memory beside RAM for the first records of a batch; none while it is in use, or slots will come back."""
+        if self._flying or self._current is not None:
+            return ()
+        if not self._scratch or len(self._scratch[0]) != batch.record_bytes:
+            most = max(1, min(len(batch.places), SCRATCH_BYTES // batch.record_bytes))
+            self._scratch = [aligned(batch.record_bytes) for _ in range(most)]
+        return self._scratch[: len(batch.places)]
 
     def _slots(self, record_bytes: int, count: int) -> list[int]:
         memory = self.parts.memory
@@ -165,6 +181,8 @@ class Fetch:
             return
         batch, job = self._current
         self._current = None
+        if not job.slots:
+            return
         good = next((at for at, fault in enumerate(job.faults) if fault is not None), len(job.slots))
         kept = 0 if self._starved and self._todo else good
         if batch.record_bytes != self.record_bytes:

@@ -164,15 +164,17 @@ class Lease:
             del served[TierName.RAM]
 
     def _hand_over(self, sink: BlockSink, first: int, slots: Sequence[int]) -> None:
-        engine, layout = self._model._engine, self._model.layout
-        end = PAGE_BYTES + layout.payload_bytes
+        engine = self._model._engine
         for block, slot in enumerate(slots, first):
-            record = engine.record(slot)
-            if len(record) == layout.record_bytes:
-                _write(sink, block, record[PAGE_BYTES:end])
-            else:
-                with engine.decoded(layout, record) as payload:
-                    _write(sink, block, payload[:])
+            self._hand_over_record(sink, block, engine.record(slot))
+
+    def _hand_over_record(self, sink: BlockSink, block: int, record: Bytes) -> None:
+        engine, layout = self._model._engine, self._model.layout
+        if len(record) == layout.record_bytes:
+            _write(sink, block, record[PAGE_BYTES : PAGE_BYTES + layout.payload_bytes])
+        else:
+            with engine.decoded(layout, record) as payload:
+                _write(sink, block, payload[:])
 
     def _load_with_gpu(self, gpu: Gpu, pin: Pin, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
         """As `load`; where the device fails on the way, the rest comes from where else it lies."""
@@ -205,12 +207,13 @@ class Lease:
                 if reader.places[block] != NOWHERE:
                     count, tier = reader.hand_over(block), TierName.GPU
                 else:
-                    if slot == NOWHERE:
-                        fetched = None if fetch is None else fetch.slot(block)
-                        if fetched is None:
-                            break
-                        slot, tier = fetched, TierName.SSD
-                    self._hand_over(sink, block, (slot,))
+                    if slot != NOWHERE:
+                        self._hand_over(sink, block, (slot,))
+                    elif fetch is not None and (fetched := fetch.record(block)) is not None:
+                        tier = TierName.SSD
+                        self._hand_over_record(sink, block, fetched)
+                    else:
+                        break
                 served[tier] += count
                 block += count
             return block
@@ -233,14 +236,14 @@ class Lease:
 
     def _deliver(self, fetch: Fetch, sink: BlockSink, in_ram: list[int], served: Counter[TierName]) -> int:
         for block, slot in enumerate(in_ram):
-            tier = TierName.RAM
-            if slot == NOWHERE:
-                fetched = fetch.slot(block)
-                if fetched is None:
-                    return block
-                slot, tier = fetched, TierName.SSD
-            self._hand_over(sink, block, (slot,))
-            served[tier] += 1
+            if slot != NOWHERE:
+                self._hand_over(sink, block, (slot,))
+                served[TierName.RAM] += 1
+            elif (fetched := fetch.record(block)) is not None:
+                self._hand_over_record(sink, block, fetched)
+                served[TierName.SSD] += 1
+            else:
+                return block
         return len(in_ram)
 
 

@@ -156,7 +156,7 @@ class Prefetcher:
         brought = []
         try:
             for block in wanted:
-                if fetch.slot(block) is None:
+                if fetch.record(block) is None:
                     break
                 brought.append(block)
         finally:

@@ -26,17 +26,31 @@ _log = logging.getLogger(__name__)
 
 
 class ReadJob:
-    """Some records of one chain, to be read side by side into RAM slots."""
+    """Some records of one chain, to be read side by side into RAM slots, or other memory."""
 
-    __slots__ = ("_abandoned", "_lock", "account", "done", "faults", "heads", "nbytes", "places", "progress_s", "slots")
+    __slots__ = (
+        "_abandoned", "_lock", "account", "buffers", "done", "faults", "heads", "nbytes", "places", "progress_s",
+        "slots",
+    )  # fmt: skip
 
-    def __init__(self, places: Sequence[int], slots: list[int], heads: Sequence[Head], account: Account) -> None:
+    def __init__(
+        self,
+        places: Sequence[int],
+        buffers: Sequence[Buffer],
+        heads: Sequence[Head],
+        *,
+        slots: list[int],
+        account: Account,
+    ) -> None:
         self.places = places
+        self.buffers = buffers
+        """Where the records go, one each."""
         self.slots = slots
+        """The slots of these buffers, where they are some."""
         self.heads = heads
         self.account = account
         """Whom the slots are charged to."""
-        self.nbytes = sum(map(bytes_of, places[: len(slots)]))
+        self.nbytes = sum(map(bytes_of, places))
         self.faults: list[str | None] = []
         """Once done, per record: None, or why it is not the one that was asked for."""
         self.progress_s = 0.0
@@ -132,11 +146,10 @@ class Readers:
 
         Raises `TierOutError`: the rest was not read.
         """
-        buffers = [self._memory.ram.record(slot) for slot in job.slots]
         for run in side_by_side(job.places):
             job.progress_s = self._store.clock()
-            arrived = self._store.read(job.places[run], buffers[run])
-            for buffer, head, came in zip(buffers[run], job.heads[run], arrived, strict=True):
+            arrived = self._store.read(job.places[run], job.buffers[run])
+            for buffer, head, came in zip(job.buffers[run], job.heads[run], arrived, strict=True):
                 faults.append(self._fault(buffer, head) if came else UNREADABLE)
 
     def _fault(self, buffer: Buffer, head: Head) -> str | None:
