@@ -216,6 +216,7 @@ def test_a_tier_that_is_out_costs_a_miss_and_is_asked_again_when_a_probe_succeed
         assert lease.blocks == 0
     assert cold.degradations() == {Degradation.NO_DRAGONFLY}
     assert cold.stats().mode == "no-dragonfly"
+    assert cold.stats().mode_changes[-1][1:] == (Degradation.NO_DRAGONFLY, True, "no answer")
     tier.calls.clear()
     with model.match(tokens) as lease:
         lease.wait(DEADLINE_S)
@@ -223,6 +224,7 @@ def test_a_tier_that_is_out_costs_a_miss_and_is_asked_again_when_a_probe_succeed
     assert "put" not in tier.calls
     tier.fault = ""
     eventually(lambda: not cold.degradations(), "a probe finds that it is back")
+    assert cold.stats().mode_changes[-1][1:] == (Degradation.NO_DRAGONFLY, False, "")
     with model.match(tokens) as lease:
         lease.wait(DEADLINE_S)
         assert loaded_blocks(lease, model, tokens) == 4

@@ -29,6 +29,7 @@ from kvpool.pool.gpu_store import GpuOpener, TorchDevice
 from kvpool.pool.history_file import discard_history, load_history, save_history
 from kvpool.pool.housekeeping import Housekeeper
 from kvpool.pool.model import Model
+from kvpool.pool.outages import OutageWatch
 from kvpool.pool.registry import Registry
 from kvpool.pool.remote.connecting import Connector
 from kvpool.pool.remote.servers import RunningServer, running_servers
@@ -42,7 +43,6 @@ from kvpool.pool.stats import PoolStats
 from kvpool.prefix.sharing import SharedPrefix, top_shared
 from kvpool.resilience import Degradation
 from kvpool.tiers.ssd.disk import Disk
-from kvpool.tiers.tier import TierName
 
 CLOSE_DEADLINE_S = 30.0
 """How long closing may write what is in memory down to SSD."""
@@ -50,7 +50,6 @@ ERASE_DEADLINE_S = 5.0
 """How long erasing waits for shared tiers to be cleared and other nodes to confirm."""
 GRACE_S = 5.0
 """How much longer it may take in all, for what is in flight to end."""
-_OUT = {TierName.DRAGONFLY: Degradation.NO_DRAGONFLY, TierName.DATABASE: Degradation.NO_POSTGRES}
 _log = logging.getLogger(__name__)
 
 
@@ -104,6 +103,7 @@ class Pool:
             None if self._engine.catalog is None else self._engine.catalog.reading.trail,
         )
         self._roster = Roster(self._registry, self._engine, explainer, config, self.directory)
+        self._outages = OutageWatch(self._engine)
         self._chores = Chores(self._engine, self._roster.forget_trees)
 
     @classmethod
@@ -185,7 +185,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """Return a snapshot of all counters."""
-        return snapshot(self.config.name, self._engine, self.models(), self.degradations())
+        return snapshot(self.config.name, self._engine, self.models(), self._outages)
 
     def shared_prefixes(self, count: int = 10) -> list[SharedPrefix]:
         """Return the `count` shared prefixes that requests use most; of 10,000, that takes some 30 ms."""
@@ -194,15 +194,7 @@ class Pool:
 
     def degradations(self) -> frozenset[Degradation]:
         """What is out of that which the configuration asks for."""
-        engine = self._engine
-        found = {Degradation.NO_SSD} if engine.store.degraded else set()
-        if engine.gpu is not None and engine.gpu.store.tier is None:
-            found.add(Degradation.NO_GPU)
-        if engine.remote is not None:
-            found |= {_OUT[store.name] for store in engine.remote.stores if store.degraded}
-        if engine.prompts is not None and not engine.prompts.usable:
-            found.add(Degradation.NO_QDRANT)
-        return frozenset(found)
+        return frozenset(self._outages.look())
 
     def local_servers(self) -> list[RunningServer]:
         """The servers that run here for managed tiers, in the waterfall's order. One that ended is started again."""
@@ -343,7 +335,7 @@ class Pool:
         discard_history(self._directory.history)
         for notice in self.notices:
             _log.warning("%s", notice)
-        self._memory_keeper.start(self._chores.in_memory())
+        self._memory_keeper.start([*self._chores.in_memory(), self._outages.note])
         self._disk_keeper.start(self._chores.on_disk())
         engine.index.on_overdue = self._memory_keeper.wake
         engine.ram_encoder.wake = self._encoder.wake

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kvpool.api.codec import Codec
 from kvpool.pool.engine import Engine
 from kvpool.pool.gpu_store import GpuStore
 from kvpool.pool.model import Model
+from kvpool.pool.outages import OutageWatch
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.pool.stats import (
     AccountStats,
@@ -24,11 +25,11 @@ from kvpool.pool.stats import (
 )
 from kvpool.prefix.accounts import UNLIMITED, Account
 from kvpool.prefix.node import GPU, RAM, SSD
-from kvpool.resilience import Degradation, mode
+from kvpool.resilience import mode
 from kvpool.tiers.tier import TierName
 
 
-def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: Iterable[Degradation]) -> PoolStats:
+def snapshot(name: str, engine: Engine, models: Sequence[Model], outages: OutageWatch) -> PoolStats:
     """Return all counters as they are now. Counts of different parts may be of slightly different moments."""
     index, traffic = engine.index, engine.traffic
     shared = {TierName.RAM: index.shared_bytes[RAM], TierName.SSD: index.shared_bytes[SSD]}
@@ -36,7 +37,8 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], degradations: I
         shared = {TierName.GPU: index.shared_bytes[GPU], **shared}
     return PoolStats(
         name=name,
-        mode=mode(degradations),
+        mode=mode(outages.look()),
+        mode_changes=outages.changes(),
         requests=index.matches,
         asked_blocks=index.asked_blocks,
         matched_blocks=index.matched_blocks,

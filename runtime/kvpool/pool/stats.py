@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvpool.pool.results import Refusal
+from kvpool.resilience import Change
 from kvpool.tiers.tier import TierName
 
 
@@ -161,6 +162,8 @@ class PoolStats:
     name: str
     mode: str
     """`normal`, or what is out: see `kvpool.resilience.mode`."""
+    mode_changes: tuple[Change, ...]
+    """What fell out and came back last, with times in seconds since the epoch; oldest first, at most 256."""
     requests: int
     asked_blocks: int
     matched_blocks: int

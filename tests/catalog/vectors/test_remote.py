@@ -19,7 +19,7 @@ from qdrant_client import models
 
 from kvpool.catalog.vectors.contract import VectorsMismatchError, VectorsUnavailableError
 from kvpool.catalog.vectors.deadline_transport import MAX_ANSWER_BYTES
-from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, NAME, TENANT
+from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, NAME, TENANT, TREE
 from kvpool.catalog.vectors.remote import RemoteVectors
 from kvpool.catalog.vectors.session import SCHEMES
 from kvpool.config.service import read_service
@@ -61,6 +61,7 @@ def test_the_collection_is_made_as_it_is_documented(vectors: RemoteVectors, serv
     assert search(vectors) == []
     indexes = server.indexes(NAME)
     assert {name: index["params"]["type"] for name, index in indexes.items()} == {
+        TREE: "keyword",
         MODEL: "keyword",
         TENANT: "keyword",
         EPOCH: "integer",

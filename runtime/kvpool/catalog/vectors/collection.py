@@ -1,5 +1,6 @@
 """Points and hits as payloads of the collection, whose layout is in `layout`."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from kvpool.blocks.identity import KEY_BYTES, BlockKey, TreeId
 from kvpool.catalog.embedding.encoder import Vector
 from kvpool.catalog.vectors.contract import MAX_FOLLOWERS, Hit, Point
-from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, NEXT, SIZE, TENANT, TOKENS
+from kvpool.catalog.vectors.layout import AT, BLOCKS, EPOCH, LEAF, MODEL, NEXT, SIZE, TENANT, TOKENS, TREE
 from kvpool.errors import InputError
 
 
@@ -22,7 +23,8 @@ def checked(vector: Vector) -> Vector:
 def payload_of(point: Point) -> dict[str, str | int | list[str]]:
     """What is kept beside the vector."""
     return {
-        **tree_fields(point.tree),
+        TREE: tree_digest(point.tree),
+        **_tree_fields(point.tree),
         AT: point.at_ms,
         LEAF: point.leaf.hex(),
         BLOCKS: point.blocks,
@@ -31,15 +33,20 @@ def payload_of(point: Point) -> dict[str, str | int | list[str]]:
     }
 
 
-def tree_fields(tree: TreeId) -> dict[str, str | int]:
-    """The fields that every search asks for, and their values."""
+def tree_digest(tree: TreeId) -> str:
+    """The value of the field that every search asks for."""
+    whole = tree.fingerprint + tree.tenant + tree.epoch.to_bytes(8, "little")
+    return hashlib.blake2b(whole, digest_size=16, person=b"kvpool-tree-1").hexdigest()
+
+
+def _tree_fields(tree: TreeId) -> dict[str, str | int]:
     return {MODEL: tree.fingerprint.hex(), TENANT: tree.tenant.hex(), EPOCH: tree.epoch}
 
 
 def hit_of(score: float, payload: Mapping[str, Any] | None, tree: TreeId) -> Hit | None:
     """What a search found; None for what is not ours, or not of this tree, whoever says that it matches."""
     said = payload or {}
-    if any(said.get(name) != value for name, value in tree_fields(tree).items()):
+    if any(said.get(name) != value for name, value in _tree_fields(tree).items()):
         return None
     try:
         followers = tuple(_key(text) for text in said[NEXT][:MAX_FOLLOWERS])

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvpool.blocks.identity import Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding.encoder import Vector
-from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_fields
+from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_digest
 from kvpool.catalog.vectors.contract import BATCH_POINTS, MAX_POINTS, Hit, Point, VectorsUnavailableError
 from kvpool.catalog.vectors.edge.process import EdgeProcess, Service
 from kvpool.errors import DirectoryInUseError
@@ -67,7 +67,7 @@ class EmbeddedVectors:
     def search(self, vector: Vector, tree: TreeId, k: int = 10, *, deadline_s: float) -> list[Hit]:
         """As `PromptVectors` says."""
         deadline = time.monotonic() + deadline_s
-        said = {"ask": "search", "fields": tree_fields(tree), "k": k}
+        said = {"ask": "search", "tree": tree_digest(tree), "k": k}
         answer = self._open(deadline).searches.ask(said, checked(vector).astype("<f4").tobytes(), deadline)
         _log_fault(answer)
         hits = (hit_of(score, payload, tree) for score, payload in answer["hits"])

@@ -1,11 +1,12 @@
 """How the collection is laid out, the same on a server and on a disk of ours.
 
-Name `kvpool-prompts-1`; one unnamed vector of 512 float32 a point, compared by cosine. A point's id is the UUID made of
+Name `kvpool-prompts-2`; one unnamed vector of 512 float32 a point, compared by cosine. A point's id is the UUID made of
 its prompt's last block key. Its payload:
 
     field   index                what
+    tree    keyword, is_tenant   model, tenant and epoch: a digest of the three, 32 hexadecimal digits
     model   keyword              fingerprint, 64 hexadecimal digits
-    tenant  keyword, is_tenant   keyed digest, 32 hexadecimal digits
+    tenant  keyword              keyed digest, 32 hexadecimal digits
     epoch   integer              of the tenant, when the prompt was stored
     at      integer, range       milliseconds since 1970; the smallest goes first where there are too many
     leaf    none                 key of the last whole block, 32 hexadecimal digits
@@ -13,13 +14,14 @@ its prompt's last block key. Its payload:
     tokens  none                 how many tokens the prompt had
     next    none                 keys of the last blocks of the prompts that came next, in a list
 
-A search always filters by model, tenant and epoch. No token, no text and no name is in it.
+A search always filters by model, tenant and epoch, by the one field that stands for the three: to look at three of each
+candidate takes a third longer. No token, no text and no name is in it.
 """
 
-NAME = "kvpool-prompts-1"
+NAME = "kvpool-prompts-2"
 SIZE = 512
 DISTANCE = "Cosine"
-MODEL, TENANT, EPOCH, AT = "model", "tenant", "epoch", "at"
+TREE, MODEL, TENANT, EPOCH, AT = "tree", "model", "tenant", "epoch", "at"
 LEAF, BLOCKS, TOKENS, NEXT = "leaf", "blocks", "tokens", "next"
 
 HNSW_EDGES = 64

@@ -8,7 +8,7 @@ from qdrant_client import QdrantClient, models
 from kvpool.blocks.identity import Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding.encoder import Vector
 from kvpool.catalog.vectors import layout
-from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_fields
+from kvpool.catalog.vectors.collection import checked, hit_of, payload_of, tree_digest
 from kvpool.catalog.vectors.contract import BATCH_POINTS, MAX_POINTS, Hit, Point
 from kvpool.catalog.vectors.session import Session, server_timeout
 from kvpool.config.service import ServiceAddress
@@ -61,7 +61,7 @@ class RemoteVectors:
             return client.query_points(
                 layout.NAME,
                 query=asked,
-                query_filter=models.Filter(must=[_equal(name, value) for name, value in tree_fields(tree).items()]),
+                query_filter=models.Filter(must=[_equal(layout.TREE, tree_digest(tree))]),
                 search_params=models.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
                 limit=k,
                 with_payload=True,

@@ -21,8 +21,9 @@ SCHEMES = ("http", "https")
 _CONFLICT, _NOT_FOUND = 409, 404
 _REASON_CHARS = 300
 _INDEXES: dict[str, models.KeywordIndexParams | models.IntegerIndexParams] = {
+    layout.TREE: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True),
     layout.MODEL: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
-    layout.TENANT: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True),
+    layout.TENANT: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
     layout.EPOCH: models.IntegerIndexParams(type=models.IntegerIndexType.INTEGER, lookup=True, range=True),
     layout.AT: models.IntegerIndexParams(type=models.IntegerIndexType.INTEGER, lookup=False, range=True),
 }

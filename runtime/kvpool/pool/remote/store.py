@@ -84,8 +84,8 @@ class RemoteStore:
 
     @property
     def degraded(self) -> bool:
-        """Whether it cannot be used fully now."""
-        return not self.writable
+        """Whether it cannot be used fully now; also while it is not known yet whether it takes changes again."""
+        return not self.usable or self.writes.state is not BreakerState.CLOSED
 
     def publish(self, tier: KeyedTier) -> None:
         """Let everybody use the tier."""

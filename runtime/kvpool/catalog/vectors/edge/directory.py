@@ -31,7 +31,7 @@ class OtherCollectionError(Exception):
 
 
 class CollectionDirectory:
-    """`<directory>/kvpool-prompts-1`, locked until the process ends. Raises `DirectoryBusyError`, or `OSError`."""
+    """`<directory>/kvpool-prompts-2`, locked until the process ends. Raises `DirectoryBusyError`, or `OSError`."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / layout.NAME

@@ -134,9 +134,9 @@ class Points:
     def answer(self, frame: Frame) -> Answer:
         """The answer to a question. Raises whatever the engine does."""
         match frame.said:
-            case {"ask": "search", "fields": fields, "k": k}:
+            case {"ask": "search", "tree": tree, "k": k}:
                 (vector,) = _vectors(frame.vectors)
-                return {"hits": self._shard.search(vector, fields, k)}
+                return {"hits": self._shard.search(vector, tree, k)}
             case {"ask": "count"}:
                 return {"count": self._shard.count(), "outside_graph": self._shard.outside_graph()}
             case _:

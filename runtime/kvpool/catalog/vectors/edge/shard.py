@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import qdrant_edge as qdrant
 
 from kvpool.catalog.vectors import layout
-from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, TENANT
+from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, TENANT, TREE
 
 _INDEXED_KB = 2_000
 """Segments of more than so many kilobytes of vectors get a graph when one is built."""
@@ -35,8 +35,9 @@ class Shard:
         """An empty one, in a directory that is there."""
         engine = qdrant.EdgeShard.create(str(directory), _config())
         for name, index in (
+            (TREE, qdrant.KeywordIndexParams(is_tenant=True)),
             (MODEL, qdrant.KeywordIndexParams()),
-            (TENANT, qdrant.KeywordIndexParams(is_tenant=True)),
+            (TENANT, qdrant.KeywordIndexParams()),
             (EPOCH, qdrant.IntegerIndexParams(lookup=True, range=True)),
             (AT, qdrant.IntegerIndexParams(lookup=False, range=True)),
         ):
@@ -54,13 +55,13 @@ class Shard:
         stored = [qdrant.Point(point.id, list(point.vector), dict(point.payload)) for point in points]
         self._engine.update(qdrant.UpdateOperation.upsert_points(stored))
 
-    def search(self, vector: Sequence[float], fields: Mapping[str, Any], k: int) -> list[list[Any]]:
-        """Score and payload of the `k` nearest that have these fields."""
+    def search(self, vector: Sequence[float], tree: str, k: int) -> list[list[Any]]:
+        """Score and payload of the `k` nearest of a tree, by its digest."""
         found = self._engine.search(
             qdrant.SearchRequest(
                 qdrant.Query.Nearest(list(vector)),
                 k,
-                filter=_matching(fields),
+                filter=_matching(TREE, tree),
                 params=qdrant.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
                 with_payload=True,
             )
@@ -74,7 +75,7 @@ class Shard:
 
     def forget_model(self, model: str) -> int:
         """Remove a model's points; how many those were."""
-        return self._remove(_matching({MODEL: model}))
+        return self._remove(_matching(MODEL, model))
 
     def remove_oldest(self, number: int) -> None:
         """Remove so many points of the earliest times."""
@@ -138,8 +139,8 @@ def _config() -> qdrant.EdgeConfig:
     )
 
 
-def _matching(fields: Mapping[str, Any]) -> qdrant.Filter:
-    return qdrant.Filter(must=[_equal(name, value) for name, value in fields.items()])
+def _matching(name: str, value: str) -> qdrant.Filter:
+    return qdrant.Filter(must=[_equal(name, value)])
 
 
 def _equal(name: str, value: Any) -> qdrant.FieldCondition:
