@@ -19,7 +19,8 @@ from qdrant_client import models
 
 from kvpool.catalog.vectors.contract import VectorsMismatchError, VectorsUnavailableError
 from kvpool.catalog.vectors.deadline_transport import MAX_ANSWER_BYTES
-from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, NAME, TENANT, TREE
+from kvpool.catalog.vectors.layout import AT, EPOCH, MODEL, NAME, TENANT
+from kvpool.catalog.vectors.layout import TREE as TREE_FIELD
 from kvpool.catalog.vectors.remote import RemoteVectors
 from kvpool.catalog.vectors.session import SCHEMES
 from kvpool.config.service import read_service
@@ -61,19 +62,19 @@ def test_the_collection_is_made_as_it_is_documented(vectors: RemoteVectors, serv
     assert search(vectors) == []
     indexes = server.indexes(NAME)
     assert {name: index["params"]["type"] for name, index in indexes.items()} == {
-        TREE: "keyword",
+        TREE_FIELD: "keyword",
         MODEL: "keyword",
         TENANT: "keyword",
         EPOCH: "integer",
         AT: "integer",
     }
-    assert indexes[TENANT]["params"]["is_tenant"] is True
+    assert indexes[TREE_FIELD]["params"]["is_tenant"] is True
 
 
 def test_an_index_that_is_missing_is_made(vectors: RemoteVectors, server: QdrantServer) -> None:
     server.create(NAME, 512)
     vectors.upsert([point(7)])
-    assert set(server.indexes(NAME)) == {MODEL, TENANT, EPOCH, AT}
+    assert set(server.indexes(NAME)) == {TREE_FIELD, MODEL, TENANT, EPOCH, AT}
 
 
 @pytest.mark.parametrize(("size", "distance"), [(256, models.Distance.COSINE), (512, models.Distance.EUCLID)])
