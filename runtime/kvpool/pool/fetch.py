@@ -30,8 +30,7 @@ from kvpool.tiers.tier import TierName
 JOB_BYTES = 4 << 20
 JOB_BLOCKS = 32
 WINDOW_BYTES = 32 << 20
-SCRATCH_BYTES = 1 << 20
-"""What a load that finds RAM full of leased blocks takes beside it: so much, or one record if that is larger."""
+OWN_BYTES = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -69,6 +68,7 @@ class Fetch:
     record_bytes: int
     budget_s: float
     window_bytes: int
+    own_bytes: int
     _todo: deque[Batch]
     _flying: deque[tuple[Batch, ReadJob]] = field(default_factory=deque)
     _current: tuple[Batch, ReadJob] | None = None
@@ -87,9 +87,14 @@ class Fetch:
         record_bytes: int,
         budget_s: float,
         window_bytes: int,
+        own_bytes: int = OWN_BYTES,
     ) -> Fetch:
-        """Start to read `batches`, some `window_bytes` ahead of `slot`; 0: none before it is needed."""
-        fetch = cls(parts, pin, payload_bytes, record_bytes, budget_s, window_bytes, deque(batches))
+        """Start to read `batches`, some `window_bytes` ahead of `record`; 0: none before it is needed.
+
+        `own_bytes` are what is taken beside RAM where that is full of leased blocks, or one record if that is larger;
+        0: then the fetch ends there.
+        """
+        fetch = cls(parts, pin, payload_bytes, record_bytes, budget_s, window_bytes, own_bytes, deque(batches))
         fetch._submit()
         return fetch
 
@@ -158,10 +163,10 @@ class Fetch:
 
     def _own_buffers(self, batch: Batch) -> Sequence[Buffer]:
         """Memory beside RAM for the first records of a batch; none while it is in use, or slots will come back."""
-        if self._flying or self._current is not None:
+        if self._flying or self._current is not None or not self.own_bytes:
             return ()
         if not self._scratch or len(self._scratch[0]) != batch.record_bytes:
-            most = max(1, min(len(batch.places), SCRATCH_BYTES // batch.record_bytes))
+            most = max(1, min(len(batch.places), self.own_bytes // batch.record_bytes))
             self._scratch = [aligned(batch.record_bytes) for _ in range(most)]
         return self._scratch[: len(batch.places)]
 

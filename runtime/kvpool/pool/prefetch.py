@@ -152,6 +152,7 @@ class Prefetcher:
             record_bytes=layout.record_bytes,
             budget_s=engine.settings.ssd_budget_s,
             window_bytes=WINDOW_BYTES,
+            own_bytes=0,
         )
         brought = []
         try:

@@ -22,6 +22,8 @@ _SIGNS = np.resize([1.0, -1.0], _CELLS // DIMENSIONS)
 _PIECE_TOKENS = 16_384
 """So many tokens are hashed at a time: the memory that a prompt needs does not grow with it."""
 _LONGEST = 3
+_ROOTS = np.sqrt(np.sqrt(np.arange(1024)))
+"""The fourth roots of the counts that there are in all but very long prompts."""
 
 _Hashes = npt.NDArray[np.uint32]
 _ONE, _TWO, _THREE = (np.uint32(odd) for odd in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
@@ -35,15 +37,26 @@ class HashedNgrams:
         if len(tokens) % _TOKEN_BYTES:
             raise InputError(f"tokens as bytes are int32: {len(tokens)} bytes are not a multiple of 4")
         ids = np.frombuffer(tokens, np.uint32)
-        counts = np.zeros(_CELLS, np.int64)
+        counts: npt.NDArray[np.int64] | None = None
         for begin in range(0, len(ids), _PIECE_TOKENS):
             before = min(begin, _LONGEST - 1)  # tokens of the piece before, with which n-grams begin that end in this
             hashes = _ngrams(ids[begin - before : begin + _PIECE_TOKENS], before)
-            counts += np.bincount((hashes >> np.uint32(32 - _CELL_BITS)).view(np.int32), minlength=_CELLS)
-        sums = np.sqrt(np.sqrt(counts)).reshape(DIMENSIONS, -1) @ _SIGNS
+            hashes >>= np.uint32(32 - _CELL_BITS)
+            more = np.bincount(hashes.view(np.int32), minlength=_CELLS)
+            if counts is None:
+                counts = more
+            else:
+                counts += more
+        if counts is None:
+            return np.zeros(DIMENSIONS, np.float32)
+        sums = _fourth_roots(counts).reshape(DIMENSIONS, -1) @ _SIGNS
         length = math.sqrt(sums @ sums)
         vector: Vector = (sums / (length or 1.0)).astype(np.float32)
         return vector
+
+
+def _fourth_roots(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return _ROOTS.take(counts) if counts.max() < len(_ROOTS) else np.sqrt(np.sqrt(counts))
 
 
 def _ngrams(ids: npt.NDArray[np.uint32], before: int) -> _Hashes:
