@@ -139,6 +139,9 @@ class Shared:
     def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
         """There are none."""
 
+    def shares(self) -> Mapping[str, Usage]:
+        return {}
+
     def tend(self) -> None:
         """There is nothing to be done."""
 

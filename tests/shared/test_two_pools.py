@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,10 +17,11 @@ from kvpool.config import RuntimeConfig
 from kvpool.pool.model import Model
 from kvpool.pool.node_file import load_or_create_node
 from kvpool.pool.pool import Pool
+from kvpool.pool.stats import SharedShareStats
 from kvpool.tiers.dragonfly.names import PREFIX
 from kvpool.tiers.tier import TierName
 from tests.local.clients import postgres_client
-from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, flushed, prompt, spec, store
+from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, eventually, flushed, prompt, spec, store
 from tests.pool.test_pool_codecs import BOUND, Floats
 from tests.tiers.dragonfly.servers import client_of
 
@@ -136,7 +138,31 @@ def test_pools_with_other_quotas_serve_each_others_blocks(tmp_path: Path, dragon
         flushed(two)
         assert sum(looked_up(limited, prompt(20, seed=2)).values()) == 20, "its limit is on what it writes"
         assert sum(looked_up(free, prompt(20, seed=1)).values()) <= 8
+        share = one.stats().accounts[0].shared[DRAGONFLY]
+        assert 0 < share.used_bytes <= share.limit_bytes == 8 * RECORD
+        assert two.stats().accounts[0].shared == {}
         check(one, [])
+
+
+def test_a_models_limit_in_the_database_holds_for_all_pools_together(tmp_path: Path, postgres: Path) -> None:
+    quotas = [{"name": "m", "quotas": {"database": {"limitBytes": 8 * RECORD}}}]
+    pools = []
+    with ExitStack() as stack:
+        for name in ("one", "two"):
+            config = shared_config(tmp_path / name, database=postgres).model_dump(mode="json", by_alias=True)
+            limited = RuntimeConfig.model_validate({**config, "models": quotas})
+            pools.append(stack.enter_context(Pool.open(limited, directory=tmp_path / name)))
+        for seed, pool in enumerate(pools):
+            store(pool.register(spec()), prompt(20, seed=seed))
+            flushed(pool)
+
+        def shares() -> list[SharedShareStats]:
+            return [pool.stats().accounts[0].shared[DATABASE] for pool in pools]
+
+        eventually(
+            lambda: all(0 < share.used_bytes <= 8 * RECORD for share in shares()), "both say what both have there"
+        )
+        assert {share.limit_bytes for share in shares()} == {8 * RECORD}
 
 
 def test_the_catalog_says_on_which_node_and_in_which_shared_tier_a_block_lies(

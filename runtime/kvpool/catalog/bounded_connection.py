@@ -66,6 +66,8 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
     def __init__(self, pgconn: pq.abc.PGconn, row_factory: Any = psycopg.rows.tuple_row) -> None:
         super().__init__(pgconn, row_factory)
         self.budget_s = 1.0
+        self.began_s: float | None = None
+        """Since when, on the monotonic clock, the budget of the next wait counts; None: since it begins."""
         self.stalled = False
         self.prepared: set[bytes] = set()
         """Names of statements that were prepared by hand on this connection."""
@@ -100,7 +102,7 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
         try:
             wanted = next(gen)
             while True:
-                seen = self._look(_EVENTS[wanted], self.budget_s)
+                seen = self._look(_EVENTS[wanted], self._left_s)
                 if not seen:
                     self._stall()
                 ready = (_READABLE if seen & _INPUT else 0) | (_WRITABLE if seen & _OUTPUT else 0)
@@ -109,10 +111,17 @@ class BoundedConnection(psycopg.Connection[TupleRow]):
             answer: T = end.value
             return answer
 
+    @property
+    def _left_s(self) -> float:
+        if self.began_s is None:
+            return self.budget_s
+        began_s, self.began_s = self.began_s, None  # whatever comes is progress
+        return max(0.0, began_s + self.budget_s - time.monotonic())
+
     def _stall(self) -> NoReturn:
         self.stalled = True
         self.pgconn.finish()
-        raise StalledError(f"no answer within {self.budget_s:g} s")
+        raise StalledError(f"no answer within {in_words(self.budget_s)}")
 
     def _look(self, events: int, seconds: float) -> int:
         """What happened on the socket within this time; 0: nothing."""
@@ -167,8 +176,13 @@ def _finish_connecting(pgconn: pq.abc.PGconn, budget_s: float) -> None:
         poll = select.poll()  # the socket may be another one after each step
         poll.register(pgconn.socket, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
         if not _first_event(poll, budget_s):
-            raise StalledError(f"connecting: no answer within {budget_s:g} s")
+            raise StalledError(f"connecting: no answer within {in_words(budget_s)}")
     raise psycopg.OperationalError(pgconn.get_error_message())
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it: `100 ms`, `2.5 s`."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{round(seconds, 1):g} s"
 
 
 def _first_event(poll: select.poll, seconds: float) -> int:
@@ -236,6 +250,6 @@ def _addresses(host: str, budget_s: float, lookup: HostLookup) -> Sequence[str |
     try:
         return lookup.addresses(host, budget_s)
     except TimeoutError:
-        raise StalledError(f"the name {host!r} was not resolved within {budget_s:g} s") from None
+        raise StalledError(f"the name {host!r} was not resolved within {in_words(budget_s)}") from None
     except OSError as error:
         raise psycopg.OperationalError(f"the name {host!r} cannot be resolved: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from kvpool.catalog.bounded_connection import BoundedConnection, StalledError, connect
+from kvpool.catalog.bounded_connection import BoundedConnection, StalledError, connect, in_words
 from kvpool.catalog.host_lookup import HostLookup
 from kvpool.config.service import ServiceAddress
 from kvpool.errors import ConfigError
@@ -118,7 +118,7 @@ class Connections:
                     self._open += 1
                     return None
                 if not self._changed.wait(until - time.monotonic()):
-                    raise _unavailable(f"all {self.size} connections are in use, since {budget_s:g} s")
+                    raise _unavailable(f"all {self.size} connections are in use, since {in_words(budget_s)}")
                 if self._stalls != stalls:  # who waits for the same server need not find out again
                     raise _unavailable(self._last_stall)
 

@@ -46,15 +46,15 @@ class RecordInquiry:
         self._keys, self._codecs = keys, codecs
         self._borrowed = ExitStack()
         self._connection = self._borrowed.enter_context(sessions.borrow())
-        self._until_s = time.monotonic() + self._connection.budget_s
         with self._faults_end_it():
             _send(self._connection, (_array(_BYTEA, _KEY_LENGTH, keys), _codec_array(codecs)))
+            self._connection.began_s = time.monotonic()
 
     def answer(self) -> list[Found | None]:
         """As `Inquiry` says."""
         with self._faults_end_it():
-            self._connection.budget_s = max(0.0, self._until_s - time.monotonic())
             there = _rows(self._connection.wait(_result(self._connection.pgconn)))
+            self._connection.began_s = None  # where nothing had to be waited for, it is still set
         self._borrowed.close()
         if not there:
             return [None] * len(self._keys)

@@ -63,6 +63,8 @@ class PayloadTier:
         self._inline_max_bytes = inline_max_bytes
         self._refresh = timedelta(seconds=refresh_s)
         self._evicted = evicted
+        self.last_usage: dict[bytes, Usage] = {}
+        """What `used_bytes_by_model` said last."""
         self._closed = False
         self._awaits_vacuum = False
         self._lock = threading.Lock()
@@ -165,7 +167,8 @@ class PayloadTier:
         """The same for each model that has records or a limit, and for `ALL_MODELS`; asks the server."""
         with self._connected() as connection:
             rows = connection.cursor(binary=True).execute(sql.USAGE).fetchall()
-        return {fingerprint: Usage(nbytes, limit_bytes or 0) for fingerprint, nbytes, limit_bytes in rows}
+        self.last_usage = {fingerprint: Usage(nbytes, limit_bytes or 0) for fingerprint, nbytes, limit_bytes in rows}
+        return self.last_usage
 
     def close(self) -> None:
         """Refuse further calls; those in flight end after the batch that they are at."""

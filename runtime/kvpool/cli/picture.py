@@ -113,19 +113,24 @@ def _models(stats: PoolStats) -> Table:
 def _accounts(stats: PoolStats) -> Table:
     """What each model holds of each tier, against its quotas."""
     columns = ("model", "tier", "used", "guaranteed", "limit", "blocks", "hit ratio")
-    rows = (
-        (
-            account.name,
-            tier,
-            size(share.used_bytes),
-            size(share.guaranteed_bytes),
-            "-" if share.limit_bytes is None else size(share.limit_bytes),
-            f"{share.blocks:,}",
-            _percent(account.hit_ratio),
-        )
-        for account in stats.accounts
-        for tier, share in account.tiers.items()
-    )
+    rows: list[tuple[str, ...]] = []
+    for account in stats.accounts:
+        hit_ratio = _percent(account.hit_ratio)
+        for tier, share in account.tiers.items():
+            limit = "-" if share.limit_bytes is None else size(share.limit_bytes)
+            rows.append(
+                (
+                    account.name,
+                    tier,
+                    size(share.used_bytes),
+                    size(share.guaranteed_bytes),
+                    limit,
+                    f"{share.blocks:,}",
+                    hit_ratio,
+                )
+            )
+        for tier, part in account.shared.items():
+            rows.append((account.name, tier, size(part.used_bytes), "-", size(part.limit_bytes), "-", hit_ratio))
     return table(columns, rows, right=columns[2:])
 
 

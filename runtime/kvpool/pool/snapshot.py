@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvpool.api.codec import Codec
 from kvpool.pool.engine import Engine
@@ -18,6 +18,7 @@ from kvpool.pool.stats import (
     ModelStats,
     PoolStats,
     RestoreStats,
+    SharedShareStats,
     SharedTierStats,
     ShareStats,
     TierStats,
@@ -26,7 +27,7 @@ from kvpool.pool.stats import (
 from kvpool.prefix.accounts import UNLIMITED, Account
 from kvpool.prefix.node import GPU, RAM, SSD
 from kvpool.resilience import mode
-from kvpool.tiers.tier import TierName
+from kvpool.tiers.tier import TierName, Usage
 
 
 def snapshot(name: str, engine: Engine, models: Sequence[Model], outages: OutageWatch) -> PoolStats:
@@ -74,7 +75,7 @@ def snapshot(name: str, engine: Engine, models: Sequence[Model], outages: Outage
             )
             for model in models
         ),
-        accounts=tuple(_account(account, _levels(engine)) for account in list(index.ledger.accounts.values())),
+        accounts=_accounts(engine),
         encoding=EncodingStats(
             encoded_blocks=_plain(engine.encodings.encoded_blocks),
             raw_bytes=_plain(engine.encodings.raw_bytes),
@@ -91,11 +92,26 @@ def _levels(engine: Engine) -> dict[TierName, int]:
     return {tier: level for tier, level in levels.items() if has[tier]}
 
 
-def _account(account: Account, levels: dict[TierName, int]) -> AccountStats:
+def _accounts(engine: Engine) -> tuple[AccountStats, ...]:
+    levels = _levels(engine)
+    shares = {} if engine.remote is None else engine.remote.shares()
+    return tuple(_account(account, levels, shares) for account in list(engine.index.ledger.accounts.values()))
+
+
+def _account(
+    account: Account, levels: Mapping[TierName, int], shares: Mapping[TierName, Mapping[str, Usage]]
+) -> AccountStats:
     return AccountStats(
         name=account.name,
         asked_blocks=account.asked_blocks,
         matched_blocks=account.matched_blocks,
+        shared={
+            tier: SharedShareStats(
+                used_bytes=named[account.name].used_bytes, limit_bytes=named[account.name].capacity_bytes
+            )
+            for tier, named in shares.items()
+            if account.name in named
+        },
         tiers={
             tier: ShareStats(
                 blocks=account.copies[level],

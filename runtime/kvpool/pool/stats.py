@@ -121,6 +121,14 @@ class ShareStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedShareStats:
+    """What one model holds of a shared tier: of dragonfly what this process knows, of the database what all have."""
+
+    used_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AccountStats:
     """All revisions of one model together."""
 
@@ -128,6 +136,8 @@ class AccountStats:
     asked_blocks: int
     matched_blocks: int
     tiers: Mapping[TierName, ShareStats]
+    shared: Mapping[TierName, SharedShareStats]
+    """Of the shared tiers in which the model has a limit."""
 
     @property
     def hit_ratio(self) -> float:

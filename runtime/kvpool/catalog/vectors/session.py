@@ -147,7 +147,9 @@ def _create(client: QdrantClient) -> None:
     try:
         client.create_collection(
             layout.NAME,
-            vectors_config=models.VectorParams(size=layout.SIZE, distance=models.Distance.COSINE),
+            vectors_config=models.VectorParams(
+                size=layout.SIZE, distance=models.Distance.COSINE, datatype=models.Datatype.FLOAT16
+            ),
             hnsw_config=models.HnswConfigDiff(
                 m=layout.HNSW_EDGES,
                 ef_construct=layout.HNSW_BUILD_CANDIDATES,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from kvpool.blocks.identity import Fingerprint
 from kvpool.config import RuntimeConfig
 from kvpool.pool.remote.share import Limit
-from kvpool.tiers.tier import KeyedTier, TierName
+from kvpool.tiers.tier import KeyedTier, TierName, Usage
 
 if TYPE_CHECKING:
     from kvpool.local import LocalServer
@@ -31,6 +31,10 @@ class Connector(Protocol):
 
     def set_limits(self, limits: Mapping[Fingerprint, Limit]) -> None:
         """Replace what models may have in the tier. For models that are not named there is no limit."""
+        ...
+
+    def shares(self) -> Mapping[str, Usage]:
+        """What the models that have a limit hold, by name, and the limit; asks nobody."""
         ...
 
     def tend(self) -> None:

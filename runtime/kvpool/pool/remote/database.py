@@ -15,7 +15,7 @@ from kvpool.local import LocalServer, LocalServerError, local_postgres
 from kvpool.pool.remote.catalog import PoolCatalog
 from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.share import Limit
-from kvpool.tiers.tier import TierName, TierUnavailableError
+from kvpool.tiers.tier import TierName, TierUnavailableError, Usage
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +96,15 @@ class DatabaseConnector:
             for fingerprint in {*before, *limits}:
                 limit = limits.get(fingerprint)
                 self._tier.set_limit(fingerprint, None if limit is None else limit.nbytes)
+
+    def shares(self) -> Mapping[str, Usage]:
+        """As `Connector` says: what all processes have put there, all revisions of a model together."""
+        known = {} if self._tier is None else self._tier.last_usage
+        shares: dict[str, Usage] = {}
+        for fingerprint, limit in self._limits.items():
+            used = known[fingerprint].used_bytes if fingerprint in known else 0
+            shares[limit.name] = Usage(used + shares.get(limit.name, Usage(0, 0)).used_bytes, limit.nbytes)
+        return shares
 
     def tend(self) -> None:
         """As `Connector` says: brings about limits that were lowered."""

@@ -13,7 +13,7 @@ from kvpool.pool.remote.epoch_sync import EpochSync
 from kvpool.pool.remote.share import Limit, LimitedTier
 from kvpool.tiers.dragonfly.opening import SCHEMES
 from kvpool.tiers.dragonfly.tier import DragonflyTier
-from kvpool.tiers.tier import TierName, TierUnavailableError
+from kvpool.tiers.tier import TierName, TierUnavailableError, Usage
 
 
 class DragonflyConnector:
@@ -80,6 +80,14 @@ class DragonflyConnector:
         self._limits = limits
         if self._limited is not None:
             self._limited.set_limits(limits)
+
+    def shares(self) -> Mapping[str, Usage]:
+        """As `Connector` says: what this process has put there."""
+        limited = self._limited
+        return {
+            limit.name: Usage(0 if limited is None else limited.used_bytes(limit.name), limit.nbytes)
+            for limit in self._limits.values()
+        }
 
     def tend(self) -> None:
         """As `Connector` says: nothing, the server forgets by itself."""

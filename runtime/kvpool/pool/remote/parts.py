@@ -19,7 +19,7 @@ from kvpool.pool.remote.share import Limit
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.prefix.index import Pin, PrefixIndex
 from kvpool.prefix.sending import Parcel, new_parcel, prompt_parcel, used_parcel
-from kvpool.tiers.tier import TierName, TierUnavailableError
+from kvpool.tiers.tier import TierName, TierUnavailableError, Usage
 
 MAX_LOOKUPS = 64
 """At once; a request beyond that is served from what is here."""
@@ -216,6 +216,10 @@ class Remote:
         """Replace what models may have in shared tiers."""
         for connector in self._connectors:
             connector.set_limits(limits.get(connector.name, {}))
+
+    def shares(self) -> dict[TierName, Mapping[str, Usage]]:
+        """What the models that have a limit hold in each shared tier, by name, and the limit."""
+        return {connector.name: connector.shares() for connector in self._connectors}
 
     def reconfigure(self, config: RuntimeConfig) -> None:
         """Take over what of another configuration can change while the pool is open."""

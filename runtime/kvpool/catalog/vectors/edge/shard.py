@@ -125,7 +125,9 @@ class Shard:
 
 def _config() -> qdrant.EdgeConfig:
     return qdrant.EdgeConfig(
-        vectors=qdrant.EdgeVectorParams(layout.SIZE, qdrant.Distance.Cosine),
+        vectors=qdrant.EdgeVectorParams(
+            layout.SIZE, qdrant.Distance.Cosine, datatype=qdrant.VectorStorageDatatype.Float16
+        ),
         hnsw_config=qdrant.HnswIndexConfig(
             layout.HNSW_EDGES,
             layout.HNSW_BUILD_CANDIDATES,
