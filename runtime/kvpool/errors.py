@@ -6,6 +6,7 @@ KvpoolError
 ├── UnsupportedModelError     a model whose cache cannot be kept correctly
 ├── DirectoryInUseError       another process holds the pool's directory
 ├── IncompatibleDataError     a directory written by a newer program
+├── LocalServerError          a server on this machine is missing, did not start or did not stop (`kvpool.local`)
 ├── SharedTierOutError        a question that only a shared tier can answer, and it is out
 └── PoolClosedError           the pool, or the lease, was closed before
 

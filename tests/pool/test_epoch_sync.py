@@ -10,7 +10,7 @@ import pytest
 
 from kvpool.blocks.identity import ALL_TENANTS, TenantDigest
 from kvpool.pool.epochs import Epochs
-from kvpool.pool.remote.epoch_sync import HEARTBEAT_EVERY_S, HINT_EVERY_S, EpochSync
+from kvpool.pool.remote.epoch_sync import HEARTBEAT_EVERY_S, HINT_EVERY_S, HINTS_AT_ONCE, EpochSync
 from kvpool.tiers.tier import TierName, TierUnavailableError
 
 A, B = TenantDigest(b"a" * 16), TenantDigest(b"b" * 16)
@@ -187,3 +187,19 @@ def test_a_hint_is_believed_if_it_is_higher_and_looked_at_no_more_often_than_is_
     two.sync.look_at_hint(A)
     assert two.epochs.of(A) == 1
     assert two.adoptions == 1
+
+
+def test_without_an_authority_a_chore_hears_of_all_tenants_a_bounded_number_at_a_time(tmp_path: Path) -> None:
+    hints = Hints()
+    node = Node(tmp_path, hints=hints)
+    tenants = [TenantDigest(number.to_bytes(16, "big")) for number in range(2 * HINTS_AT_ONCE)]
+    hints.noted = dict.fromkeys(tenants, 3)
+    node.sync.follow_hints(tenants)
+    assert hints.looks == HINTS_AT_ONCE
+    node.sync.follow_hints(tenants)
+    node.sync.follow_hints(tenants)
+    assert hints.looks == 2 * HINTS_AT_ONCE, "no more often than is of use"
+    assert {node.epochs.of(tenant) for tenant in tenants} == {3}
+    informed = Node(tmp_path / "informed", authority=Authority(), hints=hints)
+    informed.sync.follow_hints(tenants)
+    assert hints.looks == 2 * HINTS_AT_ONCE, "who has an authority asks that"

@@ -51,7 +51,9 @@ class Chores:
         """Those that wait for shared tiers, each no longer than its budget."""
         catalog = self._engine.catalog
         reports = [] if catalog is None else [lambda: catalog.report_usage(models())]
-        return [*remote.chores(), self.follow_epochs, self.note_hints, remote.eraser.step, *reports]
+        return [
+            *remote.chores(), self.follow_epochs, self.note_hints, self.follow_hints, remote.eraser.step, *reports
+        ]  # fmt: skip
 
     def follow_epochs(self) -> None:
         """Hear what was erased elsewhere, and say that this node lives."""
@@ -71,6 +73,16 @@ class Chores:
         dragonfly = None if remote is None else remote.store(TierName.DRAGONFLY)
         if dragonfly is not None:
             dragonfly.change(lambda tier: sync.note_hints())
+
+    def follow_hints(self) -> None:
+        """Without a catalog, hear from dragonfly what was erased elsewhere of that which is here."""
+        index, sync, remote = self._engine.index, self._engine.epoch_sync, self._engine.remote
+        dragonfly = None if remote is None else remote.store(TierName.DRAGONFLY)
+        if dragonfly is None or sync.authority is not None:
+            return
+        with index.lock:
+            tenants = {tree.tenant for tree in index.trees}
+        dragonfly.attempt(lambda tier: sync.follow_hints(tenants))
 
     def bury(self) -> None:
         """Give back what is left of erased trees."""

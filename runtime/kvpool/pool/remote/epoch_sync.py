@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 HEARTBEAT_EVERY_S = 10.0
 """How often a node says that it lives; that it knows of a change, at once."""
 HINT_EVERY_S = 5.0
+HINTS_AT_ONCE = 256
+"""That are looked at in one go of a chore: a round trip each."""
 MAX_HINTED = 10_000
 """Tenants whose hint was looked at lately; beyond it they are looked at again."""
 _log = logging.getLogger(__name__)
@@ -138,6 +141,18 @@ class EpochSync:
             self._adopt({tenant: hint})
         except OSError as error:  # it counts from now on all the same, and is made durable with the next one
             _log.warning("the epoch of an erased tenant cannot be kept: %s", error)
+
+    def follow_hints(self, tenants: Iterable[TenantDigest]) -> None:
+        """Without an authority, look at what is noted of these tenants, as far as it is time. For a chore.
+
+        Raises `TierUnavailableError`.
+        """
+        if self.authority is not None:
+            return
+        now = self._clock()
+        due = (tenant for tenant in tenants if now >= self._hinted.get(tenant, float("-inf")) + HINT_EVERY_S)
+        for tenant in islice(due, HINTS_AT_ONCE):
+            self.look_at_hint(tenant)
 
     def note_hints(self) -> None:
         """Note in dragonfly what could not be noted before. Raises `TierUnavailableError`."""
