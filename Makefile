@@ -39,7 +39,7 @@ test: $(DEV_READY) ## Run all tests that this machine can run, but the long ones
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-crash
-test-crash: $(DEV_READY) ## Run the long tests: hundreds of kill -9, every byte flipped (marker: slow)
+test-crash: $(DEV_READY) ## Run the long tests: hundreds of kill -9, every byte flipped, a soak (marker: slow)
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
 .PHONY: check

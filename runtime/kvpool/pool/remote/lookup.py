@@ -164,7 +164,9 @@ class Lookup:
             if pin is None:
                 pin = self._pin()
                 sources = self._ask(pin)
-            while sources:
+            if sources:
+                self._look_at_hint()  # before something older is served; where nothing was found, that costs nothing
+            while sources and not pin.tree.erased:
                 came_whole = self._fetch(pin, sources)
                 if self._ended or self._is_full or (came_whole and len(sources) < self._window):
                     return
@@ -178,7 +180,6 @@ class Lookup:
 
     def _pin(self) -> Pin:
         """A lease of the lookup's own, on what is here by now."""
-        self._look_at_hint()
         pin = self._parts.index.match(self._prompt.tree, self._prompt.tokens, self._prompt.extras)
         if self._parts.is_stale(pin.tree):  # erased while it was not in the index, and entered again by this match
             self._parts.index.erase(pin.tree)
