@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -89,6 +90,27 @@ def test_a_stalled_server_costs_one_budget_once_and_is_used_again_within_seconds
     assert median < 1e-3
     assert max(rest) < BUDGET_S + SLACK_S
     assert back < 5.0
+
+
+def test_two_tiers_that_stall_at_once_cost_one_budget(tmp_path: Path, own_redis: Server, own_postgres: Server) -> None:
+    servers: dict[str, Any] = {"dragonfly": own_redis.folder, "database": own_postgres.folder}
+    budget = {"budgetS": 1.0}
+    with open_shared(tmp_path / "p", **servers, dragonfly_options=budget, database_options=budget) as pool:
+        model = pool.register(spec())
+        in_normal_mode(pool)
+        wait_seconds(model, prompt(10, seed=1))  # from now on there are connections
+        postmaster = psutil.Process(own_postgres.pid)
+        stopped = [psutil.Process(own_redis.pid), postmaster, *postmaster.children(recursive=True)]
+        try:
+            for process in stopped:
+                process.suspend()
+            took_s = wait_seconds(model, prompt(10, seed=2))
+        finally:
+            for process in stopped:
+                process.resume()
+        assert pool.stats().mode == "no-dragonfly+no-postgres"
+        assert 0.9 < took_s < 1.8
+        in_normal_mode(pool)
 
 
 def test_while_one_tier_stalls_what_the_other_has_is_served_without_waiting_for_it(
