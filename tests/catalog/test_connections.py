@@ -17,7 +17,7 @@ import pytest
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.host_lookup import HostLookup
 from kvpool.config.service import ServiceAddress
-from kvpool.tiers.tier import TierName, TierUnavailableError
+from kvpool.tiers.tier import TierBusyError, TierName, TierUnavailableError
 from tests.catalog.connecting import (
     DEADLINE_S,
     SLACK_S,
@@ -75,7 +75,7 @@ def test_who_finds_no_free_connection_waits_no_longer_than_the_budget(server: Se
     connections = connections_to(server.folder, size=1, budget_s=BUDGET_S)
     with connections.borrow():
         watch = Stopwatch()
-        with pytest.raises(TierUnavailableError, match="all 1 connections are in use"), connections.borrow():
+        with pytest.raises(TierBusyError, match="all 1 connections are in use"), connections.borrow():
             pass
         assert BUDGET_S <= watch.seconds < BUDGET_S + SLACK_S
     assert one(connections) == 1

@@ -15,7 +15,17 @@ from kvpool.blocks.record import Buffer
 from kvpool.config import RuntimeConfig
 from kvpool.pool.pool import Pool
 from kvpool.pool.remote.share import Limit
-from kvpool.tiers.tier import Found, Inquiry, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import (
+    Found,
+    Inquiry,
+    KeyedTier,
+    Moved,
+    Sealed,
+    TierBusyError,
+    TierName,
+    TierUnavailableError,
+    Usage,
+)
 
 from .kv import config
 
@@ -30,6 +40,7 @@ class MemoryTier:
         self.name = name
         self.records: dict[tuple[TreeId, BlockKey, int], bytes] = {}
         self.fault = ""
+        self.is_busy = False
         self.before_get: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.touched: list[BlockKey] = []
@@ -99,6 +110,8 @@ class MemoryTier:
     def _called(self, name: str) -> Iterator[None]:
         with self._lock:
             self.calls.append(name)
+            if self.is_busy:
+                raise TierBusyError(self.name, "all connections are in use")
             if self.fault:
                 raise TierUnavailableError(self.name, self.fault)
             yield

@@ -457,6 +457,23 @@ def test_many_threads_look_the_same_prompt_up(tmp_path: Path, warm: Pool, tier: 
         check(pool, [])
 
 
+def test_too_many_questions_at_once_are_misses_and_no_outage(warm: Pool, cold: Pool, tier: MemoryTier) -> None:
+    tokens = prompt(4)
+    store(warm.register(spec()), tokens)
+    flushed(warm)
+    model = cold.register(spec())
+    tier.is_busy = True
+    with model.match(tokens) as lease:
+        assert lease.wait(DEADLINE_S) is LeaseState.READY
+        assert lease.blocks == 0
+    assert not cold.degradations()
+    assert cold.stats().shared[DRAGONFLY].busy == 1
+    tier.is_busy = False
+    with model.match(tokens) as lease:
+        lease.wait(DEADLINE_S)
+        assert loaded_blocks(lease, model, tokens) == 4
+
+
 def test_requests_for_one_prompt_fetch_its_blocks_once(tmp_path: Path, warm: Pool, tier: MemoryTier) -> None:
     tokens = prompt(40)
     store(warm.register(spec()), tokens)

@@ -16,7 +16,7 @@ from kvpool.catalog.bounded_connection import BoundedConnection, StalledError, c
 from kvpool.catalog.host_lookup import HostLookup
 from kvpool.config.service import ServiceAddress
 from kvpool.errors import ConfigError
-from kvpool.tiers.tier import TierName, TierUnavailableError
+from kvpool.tiers.tier import TierBusyError, TierName, TierUnavailableError
 
 SCHEMES = ("postgresql", "postgres")
 """What the url of the service begins with."""
@@ -118,7 +118,9 @@ class Connections:
                     self._open += 1
                     return None
                 if not self._changed.wait(until - time.monotonic()):
-                    raise _unavailable(f"all {self.size} connections are in use, since {in_words(budget_s)}")
+                    raise TierBusyError(
+                        TierName.DATABASE, f"all {self.size} connections are in use, since {in_words(budget_s)}"
+                    )
                 if self._stalls != stalls:  # who waits for the same server need not find out again
                     raise _unavailable(self._last_stall)
 

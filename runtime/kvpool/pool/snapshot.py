@@ -189,6 +189,7 @@ def _shared(engine: Engine) -> dict[TierName, SharedTierStats]:
             fetched_bytes=sender.store.fetched_bytes,
             in_flight_bytes=sender.store.bulkhead.in_flight_bytes,
             refused_for_room=sender.store.bulkhead.refused_total,
+            busy=sender.store.busy,
             fell_out=sender.store.breaker.opened_total,
         )
         for sender in senders

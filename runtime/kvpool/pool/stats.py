@@ -46,6 +46,8 @@ class SharedTierStats:
     in_flight_bytes: int
     refused_for_room: int
     """Batches that were not read or sent, since too many bytes were in flight."""
+    busy: int
+    """Calls that were given up, since all connections were in use for the whole budget."""
     fell_out: int
     """How often it went out of use."""
 

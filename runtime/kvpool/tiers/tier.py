@@ -32,6 +32,10 @@ class TierUnavailableError(Exception):
         self.reason = reason
 
 
+class TierBusyError(TierUnavailableError):
+    """All connections to the tier were in use for its whole budget; it may be well, and who uses them would notice."""
+
+
 class LocalTier(Protocol):
     """Holds sealed records. Batch calls, safe from any thread; buffers are read or written only while a call runs."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from kvpool.blocks.record import CODEC_NONE
 from kvpool.tiers.dragonfly import connections
-from kvpool.tiers.tier import TierUnavailableError
+from kvpool.tiers.tier import TierBusyError, TierUnavailableError
 from tests.tiers.dragonfly.servers import eventually, tcp_server, tier_of
 from tests.tiers.keyed_conformance import chain, found_of, keys_of, put, tree_of
 
@@ -119,4 +120,16 @@ def test_a_tier_may_be_made_while_its_server_is_away(tmp_path: Path) -> None:
     with tcp_server(tmp_path) as server:
         (tmp_path / "no-service-yet").symlink_to(server.folder)
         put(tier, TREE, chain(1))
+    tier.close()
+
+
+def test_who_finds_all_connections_in_use_is_told_so_and_no_fault_of_the_server(folder: Path) -> None:
+    tier = tier_of(folder, connections=1, budget_s=0.05)
+    with closing(tier.inquire(TREE, keys_of(chain(3)), [CODEC_NONE])) as first:
+        with pytest.raises(TierBusyError, match="all 1 connections"):
+            tier.find(TREE, keys_of(chain(3)), [CODEC_NONE])
+        with pytest.raises(TierBusyError):
+            tier.put(TREE, chain(1), [])
+        assert first.answer() == [None] * 3
+    assert tier.find(TREE, keys_of(chain(1)), [CODEC_NONE]) == [None]
     tier.close()

@@ -18,7 +18,17 @@ from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import CODEC_NONE, Buffer
 from kvpool.pool.costs import TierCosts
 from kvpool.resilience import BreakerLimits, BreakerState, Bulkhead, CircuitBreaker
-from kvpool.tiers.tier import Found, Inquiry, KeyedTier, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import (
+    Found,
+    Inquiry,
+    KeyedTier,
+    Moved,
+    Sealed,
+    TierBusyError,
+    TierName,
+    TierUnavailableError,
+    Usage,
+)
 
 IN_FLIGHT_BYTES = 256 << 20
 """What may be on its way to or from one tier."""
@@ -55,6 +65,8 @@ class RemoteStore:
         self.last_error = "not connected yet"
         self.corrupt: Counter[str] = Counter()
         """Records that were not what was asked for, by reason."""
+        self.busy = 0
+        """Calls for which all connections were in use for too long."""
         self.found_blocks = 0
         self.fetched_blocks = 0
         self.fetched_bytes = 0
@@ -113,7 +125,7 @@ class RemoteStore:
             try:
                 inquiry = tier.inquire(tree, keys, codecs)
             except TierUnavailableError as error:
-                self.fell_out(error.reason)
+                self.failed(error)
         return Question(self, inquiry, len(keys))
 
     def count_found(self, blocks: int) -> None:
@@ -152,7 +164,7 @@ class RemoteStore:
             self.bulkhead.leave(nbytes)
         if moved.fault:
             self.refused_a_change(moved.fault)
-        elif self.writes.state is not BreakerState.CLOSED:
+        elif any(moved.done) and self.writes.state is not BreakerState.CLOSED:
             self._takes_changes_again()
         taken = [len(sealed.record) for sealed, done in zip(records, moved.done, strict=True) if done]
         with self._lock:
@@ -182,7 +194,7 @@ class RemoteStore:
         try:
             call(tier)
         except TierUnavailableError as error:
-            self.fell_out(error.reason)
+            self.failed(error)
 
     def change(self, call: Callable[[KeyedTier], None]) -> None:
         """Change something in the tier, if it takes changes."""
@@ -191,6 +203,8 @@ class RemoteStore:
             return
         try:
             call(tier)
+        except TierBusyError as error:
+            self.failed(error)
         except TierUnavailableError as error:
             self.refused_a_change(error.reason)
 
@@ -199,6 +213,14 @@ class RemoteStore:
         with self._lock:
             self.corrupt[reason] += 1
         _log.warning("%s tier: the record of block %s is dropped: %s", self.name, key.hex(), reason)
+
+    def failed(self, error: TierUnavailableError) -> None:
+        """A question was not answered: the tier is out, unless there were just too many questions."""
+        if isinstance(error, TierBusyError):
+            with self._lock:
+                self.busy += 1
+        else:
+            self.fell_out(error.reason)
 
     def fell_out(self, reason: str) -> None:
         """The tier as a whole cannot be used now."""
@@ -215,6 +237,8 @@ class RemoteStore:
             return
         try:
             tier.find(_NOBODY, [_NOTHING], [CODEC_NONE])
+        except TierBusyError:
+            return
         except TierUnavailableError:
             self.fell_out(reason)
             return
@@ -261,6 +285,9 @@ class RemoteStore:
             return Moved([False] * count)
         try:
             return call(tier)
+        except TierBusyError as error:
+            self.failed(error)
+            return Moved([False] * count)
         except TierUnavailableError as error:
             return Moved([False] * count, error.reason)
 
@@ -287,7 +314,7 @@ class Question:
         try:
             found = self._inquiry.answer()
         except TierUnavailableError as error:
-            self._store.fell_out(error.reason)
+            self._store.failed(error)
             return nothing
         there = self._blocks - found.count(None)
         if there:

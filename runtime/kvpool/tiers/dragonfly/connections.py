@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvpool.tiers.dragonfly.faults import RefusedError, StalledError
+from kvpool.tiers.dragonfly.faults import BusyError, RefusedError
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.wire import Wire
 
@@ -84,7 +84,7 @@ class Connections:
         with self._changed:
             while self._taken >= self._limit and not self._closed:
                 if not self._changed.wait(patience.left_s) and not patience.left_s:
-                    raise StalledError(f"all {self._limit} connections were in use for {patience.budget_s:g} s")
+                    raise BusyError(f"all {self._limit} connections were in use for {patience.budget_s:g} s")
             if self._closed:
                 raise RefusedError("it was closed")
             self._taken += 1

@@ -1,6 +1,7 @@
 """What can go wrong between us and a server. All of it becomes `TierUnavailableError`, or a miss, in the tier.
 
 FaultError
+    BusyError         all connections were in use for the whole budget
     StalledError      nothing moved for the whole budget
     LostError         the other side closed, or the network did
     SurpriseError     bytes that no server of this protocol sends
@@ -10,6 +11,10 @@ FaultError
 
 class FaultError(Exception):
     """A server cannot be used now. Its text names the server, and never holds a password."""
+
+
+class BusyError(FaultError):
+    """All connections were in use for the whole budget: the server itself may be well."""
 
 
 class StalledError(FaultError):

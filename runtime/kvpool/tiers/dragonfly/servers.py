@@ -18,7 +18,7 @@ from kvpool.config.service import ServiceAddress
 from kvpool.tiers.dragonfly.commands import UNANSWERED, Answer, Command, ServerError
 from kvpool.tiers.dragonfly.connections import Connections
 from kvpool.tiers.dragonfly.conversation import Conversation
-from kvpool.tiers.dragonfly.faults import FaultError, RefusedError, StalledError
+from kvpool.tiers.dragonfly.faults import BusyError, FaultError, RefusedError, StalledError
 from kvpool.tiers.dragonfly.opening import Node, Opener
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.topology import ASK_FOR_SLOTS, ASKING, Topology, elsewhere, topology_of
@@ -34,6 +34,8 @@ class Answers:
     each: list[Answer]
     faults: list[str] = field(default_factory=list)
     """Why some are `UNANSWERED`, or what a server said of itself: one text per server at most."""
+    busy: int = 0
+    """For how many of these all connections were in use."""
     asked: int = 0
     """How many servers there were to ask."""
 
@@ -160,7 +162,7 @@ class Servers:
 
     def _pause(self, node: Node | None, fault: FaultError) -> None:
         """Let a node of a cluster alone for a while; the address itself is for others to let alone."""
-        if node is not None and not isinstance(fault, _PausedError):
+        if node is not None and not isinstance(fault, _PausedError | BusyError):
             self._outdated = True
             self._paused[node] = time.monotonic() + PAUSE_S, str(fault)
 
@@ -303,6 +305,7 @@ class _Round:
         self._servers.note(part.node, fault)
         if fault is not None:
             self._answers.faults.append(str(fault))
+            self._answers.busy += isinstance(fault, BusyError)
 
 
 def _by_owner(commands: list[Command], topology: Topology) -> list[_Part]:

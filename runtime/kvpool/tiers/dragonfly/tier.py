@@ -22,13 +22,13 @@ from kvpool.config.service import ServiceAddress
 from kvpool.tiers.dragonfly import commands
 from kvpool.tiers.dragonfly.commands import Answer, Command, ServerError
 from kvpool.tiers.dragonfly.epochs import highest_epoch, note_epoch
-from kvpool.tiers.dragonfly.faults import FaultError
+from kvpool.tiers.dragonfly.faults import BusyError, FaultError
 from kvpool.tiers.dragonfly.names import Names, Parts, is_of_model, model_pattern, tenant_pattern
 from kvpool.tiers.dragonfly.patience import Patience
 from kvpool.tiers.dragonfly.server_info import ServerInfo, info_of_all
 from kvpool.tiers.dragonfly.servers import Answers, Call, Servers
 from kvpool.tiers.dragonfly.sweeping import sweep
-from kvpool.tiers.tier import Found, Inquiry, Moved, Sealed, TierName, TierUnavailableError, Usage
+from kvpool.tiers.tier import Found, Inquiry, Moved, Sealed, TierBusyError, TierName, TierUnavailableError, Usage
 
 MIN_RECORD_BYTES = 2 * PAGE_BYTES
 MAX_RECORD_BYTES = 512 << 20
@@ -267,10 +267,15 @@ def _refusal(answers: Answers) -> str:
     return next(refusals, "")
 
 
+def _outage(answers: Answers) -> TierUnavailableError:
+    is_busy = answers.busy == len(answers.faults)
+    return (TierBusyError if is_busy else TierUnavailableError)(TierName.DRAGONFLY, answers.fault)
+
+
 def _check(answers: Answers) -> None:
     """Raise `TierUnavailableError` where no server answered, or all that was asked for was refused."""
     if answers.nobody_answered:
-        raise TierUnavailableError(TierName.DRAGONFLY, answers.fault)
+        raise _outage(answers)
     if ServerError not in map(type, answers.each):
         return
     refusal = _refusal(answers)
@@ -280,7 +285,7 @@ def _check(answers: Answers) -> None:
 
 def _moved(done: list[bool], answers: Answers) -> Moved:
     if answers.faults and not any(done):
-        raise TierUnavailableError(TierName.DRAGONFLY, answers.fault)
+        raise _outage(answers)
     return Moved(done, answers.fault or _refusal(answers))
 
 
@@ -288,5 +293,7 @@ def _moved(done: list[bool], answers: Answers) -> Moved:
 def _faults_are_outages() -> Iterator[None]:
     try:
         yield
+    except BusyError as fault:
+        raise TierBusyError(TierName.DRAGONFLY, str(fault)) from None
     except FaultError as fault:
         raise TierUnavailableError(TierName.DRAGONFLY, str(fault)) from None
