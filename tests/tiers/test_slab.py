@@ -705,3 +705,13 @@ def test_an_interrupt_at_any_moment_never_leaves_the_slab_locked() -> None:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_extent_whose_memory_somebody_looks_at_still_is_used_whole_by_a_smaller_size() -> None:
+    slab = Slab(12 * PAGE_BYTES, extent_bytes=PAGE_BYTES)
+    [large] = slab.allocate_many(12 * PAGE_BYTES, 2)
+    view = slab.view(large)
+    slab.free(large)
+    assert len(slab.allocate_many(PAGE_BYTES, 20)) == 12
+    assert len(view) == 12 * PAGE_BYTES
+    slab.check_integrity()

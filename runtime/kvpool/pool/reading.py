@@ -128,18 +128,22 @@ class Readers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            faults: list[str | None] = []
-            try:
-                if not job.abandoned:
-                    self._read(job, faults)
-            except TierOutError:
-                pass  # counted, and said, where it was noticed
-            except Exception:  # the loop's top: a job that fails must still end, and its slots be freed
-                _log.exception("reading %d records from ssd", len(job.places))
-            with self._count_lock:
-                self.pending -= 1
-            if job.finish(faults + [TIER_OUT] * (len(job.places) - len(faults))):
-                self._memory.free(job.account, job.slots)
+            self._do(job)
+            job = None  # while it waits for the next one, it holds no view of memory that may be cut anew
+
+    def _do(self, job: ReadJob) -> None:
+        faults: list[str | None] = []
+        try:
+            if not job.abandoned:
+                self._read(job, faults)
+        except TierOutError:
+            pass  # counted, and said, where it was noticed
+        except Exception:  # the loop's top: a job that fails must still end, and its slots be freed
+            _log.exception("reading %d records from ssd", len(job.places))
+        with self._count_lock:
+            self.pending -= 1
+        if job.finish(faults + [TIER_OUT] * (len(job.places) - len(faults))):
+            self._memory.free(job.account, job.slots)
 
     def _read(self, job: ReadJob, faults: list[str | None]) -> None:
         """Read and verify the records, those that lie side by side at once; what became of them is added to `faults`.

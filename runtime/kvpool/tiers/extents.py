@@ -110,12 +110,12 @@ class Extent(Generic[View]):
     def cut(self, number: int, slot_bytes: int, slots: int) -> None:
         """Cut this empty extent anew. The memory is resized to fit, where it can be.
 
-        Otherwise it keeps its length and holds as many of the slots as that allows, maybe none.
+        Otherwise it keeps its length and holds as many slots as that allows, more or fewer, maybe none.
         """
         self.rows = ()
         if slot_bytes * slots != self.nbytes:
             self.memory.resize(slot_bytes * slots)
-            slots = min(slots, self.nbytes // slot_bytes)
+            slots = self.nbytes // slot_bytes
         self.number = number
         self.slot_bytes = slot_bytes
         self.slots = slots

@@ -35,6 +35,7 @@ IN_FLIGHT_BYTES = 256 << 20
 LIMITS = BreakerLimits(failures=1, first_backoff_s=0.5, last_backoff_s=3.0)
 """One failure is enough, for a tier says no more than once a budget that it is out; back within seconds."""
 USAGE_EVERY_S = 5.0
+DOUBTED_S = 5.0
 _NOBODY = TreeId(Fingerprint(bytes(32)), TenantDigest(bytes(16)), 0)
 _NOTHING = BlockKey(bytes(16))
 _log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class RemoteStore:
         self.usage = Usage(0, 0)
         """As it was a few seconds ago."""
         self._usage_due_s = 0.0
+        self._offered_s = 0.0
+        """When a tier that took no changes was to be offered the next one again."""
         self._tier: KeyedTier | None = None
         self._clock = clock
         self._lock = threading.Lock()
@@ -96,8 +99,14 @@ class RemoteStore:
 
     @property
     def degraded(self) -> bool:
-        """Whether it cannot be used fully now; also while it is not known yet whether it takes changes again."""
-        return not self.usable or self.writes.state is not BreakerState.CLOSED
+        """Whether it cannot be used fully now.
+
+        One that did not take changes, and is to be offered the next one, is for a while longer: until it has taken it,
+        or nobody has had anything for it.
+        """
+        return not self.writable or (
+            self.writes.state is BreakerState.HALF_OPEN and self._clock() < self._offered_s + DOUBTED_S
+        )
 
     def publish(self, tier: KeyedTier) -> None:
         """Let everybody use the tier."""
@@ -266,6 +275,7 @@ class RemoteStore:
     def let_changes_through(self) -> None:
         """If it has refused changes, and it is time, let the next ones see whether it takes them again."""
         if self.writes.state is BreakerState.OPEN and self.writes.allows():
+            self._offered_s = self._clock()
             self.returned += 1
 
     def note_usage(self) -> None:
