@@ -138,7 +138,7 @@ def test_a_prompt_larger_than_ram_is_loaded_from_ssd(tmp_path: Path) -> None:
         check(pool, leases=())
 
 
-@pytest.mark.parametrize("ram_blocks", range(5, 40))
+@pytest.mark.parametrize("ram_blocks", [5, 8, 11, 12, 14, 17, 20, 26, 32, 34])
 def test_a_prompt_larger_than_ram_is_loaded_whole_wherever_its_own_blocks_fill_that(
     tmp_path: Path, ram_blocks: int
 ) -> None:
