@@ -49,6 +49,15 @@ def cold(tmp_path: Path, tier: MemoryTier) -> Iterator[Pool]:
         yield pool
 
 
+def two_tiers_with(tmp_path: Path, tokens: list[int]) -> tuple[MemoryTier, MemoryTier]:
+    """A faster tier and a slower one, both of which have this prompt of a pool that is closed."""
+    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
+    with sharing_pool(tmp_path / "first", fast, slow) as pool:
+        store(pool.register(spec()), tokens)
+        flushed(pool)
+    return fast, slow
+
+
 def held_up(tier: MemoryTier) -> tuple[threading.Event, threading.Event]:
     """From now on the tier reads nothing before the second event is set; the first says that somebody waits for it."""
     waiting, go_on = threading.Event(), threading.Event()
@@ -299,11 +308,8 @@ def test_pools_with_different_secrets_share_nothing(tmp_path: Path, warm: Pool, 
 
 
 def test_blocks_that_come_from_the_slower_tier_are_sent_to_the_faster_one(tmp_path: Path) -> None:
-    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
     tokens = prompt(5)
-    with sharing_pool(tmp_path / "first", fast, slow) as pool:
-        store(pool.register(spec()), tokens)
-        flushed(pool)
+    fast, slow = two_tiers_with(tmp_path, tokens)
     assert len(fast.records) == len(slow.records) == 5
     fast.records.clear()
     with sharing_pool(tmp_path / "second", fast, slow) as pool:
@@ -317,11 +323,8 @@ def test_blocks_that_come_from_the_slower_tier_are_sent_to_the_faster_one(tmp_pa
 
 
 def test_a_prompt_of_which_each_tier_has_a_part_is_served_from_both(tmp_path: Path) -> None:
-    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
     tokens = prompt(9)
-    with sharing_pool(tmp_path / "first", fast, slow) as pool:
-        store(pool.register(spec()), tokens)
-        flushed(pool)
+    fast, slow = two_tiers_with(tmp_path, tokens)
     for known in list(fast.records)[3:6]:
         del fast.records[known]
     with sharing_pool(tmp_path / "second", fast, slow) as pool:
@@ -333,11 +336,8 @@ def test_a_prompt_of_which_each_tier_has_a_part_is_served_from_both(tmp_path: Pa
 
 
 def test_what_a_tier_lost_between_the_question_and_the_reading_comes_from_the_next(tmp_path: Path) -> None:
-    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
     tokens = prompt(40)
-    with sharing_pool(tmp_path / "first", fast, slow) as pool:
-        store(pool.register(spec()), tokens)
-        flushed(pool)
+    fast, slow = two_tiers_with(tmp_path, tokens)
     lost = list(fast.records)[3:9]
 
     def lose() -> None:
@@ -355,11 +355,8 @@ def test_what_a_tier_lost_between_the_question_and_the_reading_comes_from_the_ne
 
 
 def test_a_damaged_record_comes_from_the_next_tier(tmp_path: Path) -> None:
-    fast, slow = MemoryTier(DRAGONFLY), MemoryTier(DATABASE)
     tokens = prompt(5)
-    with sharing_pool(tmp_path / "first", fast, slow) as pool:
-        store(pool.register(spec()), tokens)
-        flushed(pool)
+    fast, slow = two_tiers_with(tmp_path, tokens)
     damaged = list(fast.records)[2]
     fast.records[damaged] = bytes(RECORD)
     with sharing_pool(tmp_path / "second", fast, slow) as pool:

@@ -95,26 +95,28 @@ class KeyChain:
         step.update(len(extra).to_bytes(4, "little") + parent + extra + tokens)
         return BlockKey(step.digest())
 
-    def extend_all(self, parent: BlockKey, run: bytes, block_bytes: int) -> list[BlockKey]:
-        """Return the keys of the blocks of `run`, which follow `parent` and have no extra keys."""
-        copy, keys, before = self._step.copy, list[BlockKey](), _NO_EXTRA + parent
+    def extend_all(
+        self, parent: BlockKey, first: int, run: bytes, block_bytes: int, extra_keys: Mapping[int, bytes] | None
+    ) -> list[BlockKey]:
+        """Return the keys of the blocks of `run`, which follow `parent` from depth `first` on."""
+        keys: list[BlockKey] = []
+        if extra_keys:
+            for depth, at in enumerate(range(0, len(run), block_bytes), first):
+                parent = self.extend(parent, run[at : at + block_bytes], extra_keys.get(depth, b""))
+                keys.append(parent)
+            return keys
+        copy = self._step.copy
         for at in range(0, len(run), block_bytes):
             step = copy()
-            step.update(before + run[at : at + block_bytes])
-            key = step.digest()
-            keys.append(key)  # type: ignore[arg-type]
-            before = _NO_EXTRA + key
+            step.update(_NO_EXTRA + parent + run[at : at + block_bytes])
+            parent = BlockKey(step.digest())
+            keys.append(parent)
         return keys
 
     def keys(self, tokens: bytes, block_bytes: int, extra_keys: Mapping[int, bytes] | None = None) -> list[BlockKey]:
         """Return the key of every whole block of `tokens`, from the first on."""
-        extras = extra_keys or {}
-        keys: list[BlockKey] = []
-        key = self.root
-        for index in range(len(tokens) // block_bytes):
-            key = self.extend(key, tokens[index * block_bytes : (index + 1) * block_bytes], extras.get(index, b""))
-            keys.append(key)
-        return keys
+        whole = len(tokens) // block_bytes * block_bytes
+        return self.extend_all(self.root, 0, tokens[:whole], block_bytes, extra_keys)
 
 
 def tenant_digest(secret: bytes, tenant: str) -> TenantDigest:

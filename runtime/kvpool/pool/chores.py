@@ -178,6 +178,7 @@ class Chores:
             _log.info("ssd tier: reads are served again")
         else:
             engine.store.reads.trip(engine.store.last_error)
+        probe.abandon()
 
     def _some_record(self) -> tuple[int, Head, Account] | None:
         with self._engine.index.lock:

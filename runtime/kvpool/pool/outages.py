@@ -53,7 +53,6 @@ class OutageWatch:
         self.look()
 
     def changes(self) -> tuple[Change, ...]:
-        """The last changes, oldest first."""
-        self.look()
+        """The last changes that `look` has noticed, oldest first."""
         with self._lock:
             return tuple(self._degradations.changes)

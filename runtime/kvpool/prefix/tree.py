@@ -185,13 +185,7 @@ class PrefixTree:
 
     def keys_after(self, parent: BlockKey, first: int, run: bytes, extras: Extras | None) -> bytes:
         """The keys of the blocks of `run`, which follow `parent` from depth `first` on; about 1 us each."""
-        if not extras:
-            return b"".join(self.chain.extend_all(parent, run, self.token_bytes))
-        extend, size, keys = self.chain.extend, self.token_bytes, []
-        for at in range(0, len(run), size):
-            parent = extend(parent, run[at : at + size], extras.get(first + at // size, b""))
-            keys.append(parent)
-        return b"".join(keys)
+        return b"".join(self.chain.extend_all(parent, first, run, self.token_bytes, extras))
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""
