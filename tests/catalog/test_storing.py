@@ -29,7 +29,7 @@ from kvpool.catalog.rows import (
 )
 from kvpool.catalog.trail import locate, trail
 from kvpool.tiers.tier import TierName
-from tests.catalog.connecting import bare
+from tests.catalog.connecting import DEADLINE_S, bare
 from tests.catalog.samples import (
     MODEL,
     NBYTES,
@@ -43,6 +43,7 @@ from tests.catalog.samples import (
     TREE,
     Database,
     asked,
+    eventually,
     key,
     removed,
     stored,
@@ -257,6 +258,42 @@ def test_two_writers_of_the_same_blocks_never_deadlock(catalog: Database) -> Non
     catalog.sql("select pg_stat_clear_snapshot()")
     assert _deadlocks(catalog) == 0
     catalog.check_sums()
+
+
+def test_a_writer_that_waited_does_not_turn_back_for_what_was_added_meanwhile(catalog: Database) -> None:
+    """It holds the second copy and waits for the third, while the first is added and held by one who wants the second.
+
+    Removing the first, it would wait for him, who waits for it."""
+    first, second, third = sorted(range(3), key=key)
+    in_dragonfly = partial(stored, tier=TierName.DRAGONFLY)
+    catalog.write(SEEN, in_dragonfly([second, third]), stored([first]))
+
+    def waits(writer: psycopg.Connection[tuple[Any, ...]]) -> Callable[[], bool]:
+        waiting = "select exists (select from pg_stat_activity where pid = %s and wait_event_type = 'Lock')"
+        return lambda: bool(catalog.value(waiting, writer.info.backend_pid))
+
+    def write(writer: psycopg.Connection[tuple[Any, ...]], *ops: Op) -> None:
+        with writer.transaction():
+            storing.write(writer, NODE, 1, ops)
+
+    with (
+        ThreadPoolExecutor(2) as threads,
+        bare(catalog.folder) as one,
+        bare(catalog.folder) as other,
+        bare(catalog.folder) as last,
+    ):
+        with last.transaction():
+            storing.write(last, OTHER_NODE, 1, [in_dragonfly([third])])
+            gone = removed([first], tier=TierName.DRAGONFLY)
+            ends = [threads.submit(write, one, in_dragonfly([second, third]), gone)]
+            eventually(waits(one), "waits for the third")
+            catalog.write(in_dragonfly([first]))
+            ends.append(threads.submit(write, other, in_dragonfly([first, second])))
+            eventually(waits(other), "waits for the second")
+        for end in ends:
+            end.result(DEADLINE_S)
+    assert _deadlocks(catalog) == 0
+    assert {row[0] for row in catalog.locations() if row[1] == "dragonfly"} == {key(number) for number in range(3)}
 
 
 def test_a_writer_does_not_wait_for_another_ones_blocks(catalog: Database) -> None:

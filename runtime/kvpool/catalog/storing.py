@@ -1,9 +1,9 @@
 """Writes a batch of reports in one transaction, once.
 
 Reports of one kind become one statement each, whose parameters are arrays with an element for each report; the keys
-are taken apart in the database. Two writers never deadlock: all go through the tables in the same order, and through
-each table in the order of its keys. What is about a model that the catalog does not know, or of a tenant's epoch that
-was erased, is left out by the statement itself.
+are taken apart in the database. Two writers never deadlock: all go through the tables in the same order, and wait for
+rows of a table in one statement alone, in the order of the keys. What is about a model that the catalog does not know,
+or of a tenant's epoch that was erased, is left out by the statement itself.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from uuid import UUID
 
 import psycopg
 
-from kvpool.blocks.identity import KEY_BYTES, TreeId
+from kvpool.blocks.identity import TreeId
 from kvpool.catalog.rows import (
     NO_NODE,
     SHARED_TIERS,
@@ -105,34 +105,6 @@ _TRAIL = Statement("""
     order by number, i
 """)
 
-_HOLD_LOCATIONS = Statement("""
-    select count(*) from (
-        select held.* from (
-            select distinct substr(keys, 16 * i + 1, 16) as key
-            from unnest(%(keys)b::bytea[]) told (keys)
-                 cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
-            order by 1 limit %(rows)s
-        ) told cross join lateral (
-            select from kvpool.locations l
-            where l.key = told.key and l.node is not distinct from %(node)s::uuid order by tier, codec for update
-        ) held
-    ) held
-""")
-"""Copies in tiers that all nodes share are those that two writers may both be at. The statements below go through them
-twice, so each writer first takes all that are there, in order; what it adds later, it adds in order as well."""
-
-_REMOVE_LOCATIONS = Statement("""
-    delete from kvpool.locations using (
-        select distinct substr(keys, 16 * i + 1, 16) as key, tier, node
-        from unnest(%(keys)b::bytea[], %(tiers)s::text[], %(nodes)s::uuid[]) told (keys, tier, node)
-             cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
-        order by 1, 2, 3 limit %(rows)s
-    ) told
-    where locations.key = told.key
-          and locations.tier is not distinct from told.tier and locations.node is not distinct from told.node
-""")
-"""The odd comparison cannot use an index: the planner might take the one by node, and read a tier for each key."""
-
 _LOCATIONS = Statement(f"""
     insert into kvpool.locations (key, tier, node, codec, nbytes, fingerprint, tenant, since)
     select distinct on (key, tier, node, codec)
@@ -160,7 +132,45 @@ _LOCATIONS = Statement(f"""
     on conflict (key, tier, node, codec) do update set nbytes = excluded.nbytes, since = excluded.since
     where locations.nbytes <> excluded.nbytes or locations.since < excluded.since - interval '1 minute'
 """)  # noqa: S608 - a constant
-"""Of what a batch stores and removes by turns, the end counts: what it removes was removed before this statement."""
+"""Of what a batch stores and removes by turns, the end counts: what it stored and then removed is not added. Where
+another writer is at a row, this waits for him, and then finds the row as he left it, though he began after this did."""
+
+_REMOVE_LOCATIONS = Statement("""
+    delete from kvpool.locations using (
+        select held.* from (
+            select key, tier, node, coalesce(array_agg(codec) filter (where number > removed), '{}') as stored_again
+            from (
+                select *, max(number) filter (where codec is null) over (partition by key, tier, node) as removed
+                from (
+                    select substr(keys, 16 * i + 1, 16) as key, tier, node, null::smallint as codec, number
+                    from unnest(%(removed_keys)b::bytea[], %(removed_tiers)s::text[], %(removed_nodes)s::uuid[],
+                                %(removed_numbers)s::int[]) told (keys, tier, node, number)
+                         cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
+                    union all
+                    select substr(keys, 16 * i + 1, 16), tier, node, codec, number
+                    from unnest(%(keys)b::bytea[], %(tiers)s::text[], %(nodes)s::uuid[], %(codecs)s::smallint[],
+                                %(numbers)s::int[]) told (keys, tier, node, codec, number)
+                         cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
+                ) told
+            ) told
+            where removed is not null
+            group by key, tier, node order by 1, 2, 3 limit %(rows)s
+        ) told cross join lateral (
+            select l.key, l.tier, l.node, l.codec from kvpool.locations l
+            where l.key = told.key and l.codec <> all(told.stored_again)
+                  and l.tier is not distinct from told.tier and l.node is not distinct from told.node
+            for update skip locked
+        ) held
+    ) held
+    where locations.key = held.key and locations.codec = held.codec
+          and locations.tier is not distinct from held.tier and locations.node is not distinct from held.node
+""")
+"""Last of all about locations, and waits for nobody: by what another writer has just added, or removed, it passes. Of a
+copy that two of them report about at once, nobody knows what was first. To wait would be to wait in a circle: each
+statement sees what was there when it began, so this one would come upon rows that the one before had not seen, and has
+not locked in order.
+
+The odd comparisons cannot use an index: the planner might take the one by node, and read a tier for each key."""
 
 _KEEP_PLANS = Statement("select set_config('plan_cache_mode', %(mode)s, true)")
 """For each location the server sees that its block is there; to plan that anew for each takes half of all the time."""
@@ -270,15 +280,11 @@ def statements(node: UUID, session: int, ops: Sequence[Op]) -> Iterable[tuple[St
         yield _BLOCKS, _of_blocks([op for _, op in stored])
     if used := [op for op in ops if isinstance(op, BlocksUsed)]:
         yield _USES, _of_used(used)
-    told = [op for op in ops if isinstance(op, BlocksStored | BlocksRemoved)]
-    if shared_keys := [op.keys for op in told if op.tier in SHARED_TIERS]:
-        rows = sum(map(len, shared_keys)) // KEY_BYTES
-        yield _HOLD_LOCATIONS, {"keys": shared_keys, "node": NO_NODE, "rows": rows}
-    if removed:
-        yield _REMOVE_LOCATIONS, _of_removed([op for _, op in removed], node)
+    copies = _of_locations(stored, removed, node)
     if stored:
-        yield _LOCATIONS, _of_locations(stored, removed, node)
+        yield _LOCATIONS, copies
     if removed:
+        yield _REMOVE_LOCATIONS, copies | {"rows": sum(row_count(op) for _, op in removed)}
         yield _TRAIL, _of_removed([op for _, op in removed], node) | _of_reasons([op for _, op in removed])
     if asked := [op for op in ops if isinstance(op, PromptAsked)]:
         yield _PROMPTS, _of_prompts(asked)
@@ -368,7 +374,6 @@ def _of_removed(ops: Sequence[BlocksRemoved], node: UUID) -> Parameters:
         "keys": [op.keys for op in ops],
         "tiers": [op.tier.value for op in ops],
         "nodes": [node_of(op.tier, node) for op in ops],
-        "rows": sum(map(row_count, ops)),
     }
 
 
