@@ -7,17 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.pool.costs import PROBE_INTERVAL_S, TierCosts
+from tests.clock import Clock
 
 MIB = 1 << 20
 observations = st.lists(st.tuples(st.integers(1, 1 << 32), st.floats(1e-6, 100)), min_size=1, max_size=30)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def measured(observed: list[tuple[int, float]], clock: Clock | None = None) -> TierCosts:

@@ -6,19 +6,12 @@ from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.pool.remote.erasing import AGAIN_S, MAX_PENDING, Eraser
 from kvpool.pool.remote.store import RemoteStore
 from kvpool.tiers.tier import TierName
+from tests.clock import Clock
 
 from .shared import MemoryTier
 
 TREE = TreeId(Fingerprint(bytes(32)), TenantDigest(b"t" * 16), 0)
 KNOWN = (TREE, BlockKey(bytes(16)), 0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def eraser_of(*tiers: MemoryTier, clock: Clock) -> tuple[Eraser, list[RemoteStore]]:

@@ -8,20 +8,13 @@ from hypothesis import strategies as st
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.pool.remote.share import Limit, LimitedTier
 from kvpool.tiers.tier import Sealed, TierName
+from tests.clock import Clock
 
 from .shared import MemoryTier
 
 MODEL, OTHER = Fingerprint(b"m" * 32), Fingerprint(b"o" * 32)
 TREE = TreeId(MODEL, TenantDigest(bytes(16)), 0)
 RECORD = 100
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def key(number: int) -> BlockKey:
@@ -79,7 +72,7 @@ def test_what_has_expired_there_counts_no_more() -> None:
     clock = Clock()
     tier, memory = limited(2 * RECORD, clock)
     tier.put(TREE, sealed(1, 2), [])
-    clock.now_s = 61.0
+    clock.now_s += 61.0
     tier.put(TREE, sealed(3), [])
     assert tier.used_bytes("m") == RECORD
     assert "drop" not in memory.calls

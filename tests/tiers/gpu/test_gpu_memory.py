@@ -16,20 +16,13 @@ from kvpool.tiers.gpu.cpu import CpuDevice
 from kvpool.tiers.gpu.device import Device
 from kvpool.tiers.gpu.memory import FIRST_PAUSE_S, LAST_PAUSE_S
 from kvpool.tiers.gpu.tier import GpuTier
+from tests.clock import Clock
 from tests.tiers.conformance import holds, records_of
 
 from .devices import REAL_DEVICES, FullDevice
 
 MIB = 1 << 20
 SLOT = 16 * PAGE_BYTES
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def tier_on(
@@ -131,14 +124,14 @@ def test_a_full_device_is_not_asked_again_until_a_pause_that_doubles_is_over() -
     for attempts in range(2, 16):
         assert tier.allocate(SLOT, "a") is None
         assert device.attempts == attempts, "no attempt while it pauses"
-        clock.now += 0.99 * pause_s
+        clock.now_s += 0.99 * pause_s
         assert tier.allocate(SLOT, "a") is None
         assert device.attempts == attempts
-        clock.now += 0.02 * pause_s
+        clock.now_s += 0.02 * pause_s
         pause_s = min(2 * pause_s, LAST_PAUSE_S)
         assert tier.allocate(SLOT, "a") is None
     device.room_bytes = 8 * MIB
-    clock.now += LAST_PAUSE_S
+    clock.now_s += LAST_PAUSE_S
     assert tier.allocate(SLOT, "a") is not None
     tier.close()
 
@@ -168,7 +161,7 @@ def test_when_the_engine_is_out_of_memory_extents_are_given_back_and_kept_out_fo
     assert device.allocated_bytes == 5 * MIB
     assert (tier.usable_bytes, tier.capacity_bytes) == (5 * MIB, 8 * MIB)
     assert tier.allocate_many(SLOT, 1000, "a") == []
-    clock.now += LAST_PAUSE_S + 0.01
+    clock.now_s += LAST_PAUSE_S + 0.01
     assert len(tier.allocate_many(SLOT, 1000, "a")) == 3 * (MIB // SLOT), "it grows again afterwards"
     assert tier.usable_bytes == tier.capacity_bytes
     tier.close()

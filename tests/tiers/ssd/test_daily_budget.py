@@ -12,6 +12,7 @@ from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.tiers.ssd.daily_budget import DailyBudget
 from kvpool.tiers.ssd.tier import SsdTier
 from kvpool.tiers.tier import TierUnavailableError
+from tests.clock import Clock
 
 from .disks import FaultyDisk, MemoryDisk, QuickDisk, every, nothing
 from .records import all_recovered, put, records
@@ -22,17 +23,9 @@ STEP = PAGE_BYTES
 """1/256 of the limit: what a crash may charge too much."""
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 20_000 * DAY + 12 * 3600.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(20_000 * DAY + 12 * 3600.0)
 
 
 def budget(directory: Path, clock: Clock, limit: int | None = LIMIT) -> DailyBudget:
@@ -125,9 +118,9 @@ def test_midnight_gives_a_new_budget(tmp_path: Path, clock: Clock) -> None:
     counted = budget(tmp_path, clock)
     counted.charge(LIMIT)
     assert not counted.allows(1)
-    clock.now += 12 * 3600 - 1
+    clock.now_s += 12 * 3600 - 1
     assert not counted.allows(1)
-    clock.now += 1
+    clock.now_s += 1
     assert counted.allows(LIMIT)
     assert counted.spent_bytes == 0
 
@@ -136,33 +129,33 @@ def test_a_restart_on_another_day_starts_at_nothing(tmp_path: Path, clock: Clock
     counted = budget(tmp_path, clock)
     counted.charge(LIMIT)
     counted.close()
-    clock.now += DAY
+    clock.now_s += DAY
     assert budget(tmp_path, clock).spent_bytes == 0
 
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_clock_set_back_by_hours_buys_no_second_budget(tmp_path: Path, clock: Clock, restart: bool) -> None:
-    clock.now = 20_000 * DAY + 60.0
+    clock.now_s = 20_000 * DAY + 60.0
     counted = budget(tmp_path, clock)
     counted.charge(LIMIT)
     counted.close()
-    clock.now -= 3600  # yesterday
+    clock.now_s -= 3600  # yesterday
     if restart:
         counted = budget(tmp_path, clock)
     assert not counted.allows(1)
-    clock.now += 3600
+    clock.now_s += 3600
     assert not counted.allows(1)
-    clock.now += DAY
+    clock.now_s += DAY
     assert counted.allows(LIMIT)
 
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_clock_that_was_years_ahead_does_not_lock_the_tier(tmp_path: Path, clock: Clock, restart: bool) -> None:
-    clock.now += 4000 * DAY
+    clock.now_s += 4000 * DAY
     counted = budget(tmp_path, clock)
     counted.charge(LIMIT)
     counted.close()
-    clock.now -= 4000 * DAY
+    clock.now_s -= 4000 * DAY
     if restart:
         counted = budget(tmp_path, clock)
     assert counted.allows(LIMIT)
