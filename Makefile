@@ -8,11 +8,16 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 ARGS ?=
+JOBS ?= $(shell nproc | awk '{print ($$1 < 4) ? $$1 : 4}')
 BIN := .venv/bin
 DEMO_READY := .venv/.ready-demo
 DEV_READY := .venv/.ready-dev
 SET_UP := pyproject.toml scripts/set_up.sh scripts/demo_model.txt scripts/build_kernels.py \
 	$(wildcard runtime/kvpool/codecs/cpu/*.[ch])
+
+# Files of tests run beside each other, each as a whole and in order, for many start servers of their own. Most of what a
+# test does is wait for those, so more processes than cores would pay too, were it not for the tests of deadlines.
+IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Nothing here may ask a model hub: the demo's model comes from PyPI.
 export HF_HUB_OFFLINE := 1
@@ -36,7 +41,7 @@ demo: $(DEMO_READY) ## Play chats with a real model on a small pool, stop and ki
 
 .PHONY: test
 test: $(DEV_READY) ## Run all tests that this machine can run, but the long ones
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 .PHONY: test-crash
 test-crash: $(DEV_READY) ## Run the long tests: hundreds of kill -9, every byte flipped, a soak (marker: slow)

@@ -110,11 +110,8 @@ def positions(sound: Path, step: int) -> Iterator[tuple[str, int]]:
         at += size
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_a_flipped_byte_is_never_a_wrong_block(
-    sound: Path, quick_path: Path, caplog: pytest.LogCaptureFixture, part: int
-) -> None:
-    _flip(list(positions(sound, 97))[part::4], sound, quick_path, caplog)
+def test_a_flipped_byte_is_never_a_wrong_block(sound: Path, quick_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _flip(list(positions(sound, 389)), sound, quick_path, caplog)
 
 
 @pytest.mark.slow
