@@ -126,7 +126,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield attached(pool, llama(), directory)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.tuples(st.integers(1, 6 * BLOCK), st.integers(0, 2)), min_size=1, max_size=4))
 def test_any_batch_says_what_its_rows_say_alone(
     shared_cache: TransformersCache, lengths: list[tuple[int, int]]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.interruptible import interruptible
+
 COMMAND = [sys.executable, "-m", "kvpool.cli.main"]
 TIMEOUT_S = 120
 POOL = """\
@@ -30,7 +32,12 @@ def kvpool(*arguments: str | Path, stdin: bytes = b"", env: dict[str, str] | Non
 
 def started(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        preexec_fn=interruptible,
     )
 
 

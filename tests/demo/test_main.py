@@ -13,6 +13,7 @@ import pytest
 from kvpool.demo.__main__ import FAILED, INTERRUPTED
 from kvpool.demo.servers import PROCESSES, Process, left_running, read_processes
 from kvpool.demo.smollm2 import ModelMissingError, gguf_file
+from tests.interruptible import interruptible
 from tests.local.servers import until
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def playing(out: Path) -> Iterator[tuple["subprocess.Popen[str]", list[Process]]
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where tests run in the background
+        preexec_fn=interruptible,
     )
     try:
         until(lambda: demo.poll() is not None or len(noted(out)) >= 2, START_S)

@@ -18,7 +18,6 @@ from kvpool.local import LocalServer, local_postgres, local_redis
 
 
 def main(directory: Path, names: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by whatever a shell starts in the background
     servers = [_server(directory, name) for name in names]
     for server in servers:
         server.start()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kvpool.local import kernel
+from tests.interruptible import interruptible
 from tests.local.servers import lay_first_files
 
 _CODE = Path(__file__).parents[2]
@@ -29,13 +30,19 @@ class Owner:
 
     def __init__(self, command: Sequence[str | Path], preexec: Callable[[], None] | None) -> None:
         self._forked: list[int] = []
+
+        def begin() -> None:
+            interruptible()
+            if preexec is not None:
+                preexec()
+
         self.process = subprocess.Popen(
             command,
             cwd=_CODE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=preexec,
+            preexec_fn=begin,
         )
 
     def hear(self) -> Any:

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvpool.pool.lease import Lease
 from kvpool.pool.model import Model
@@ -262,9 +270,15 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
 TestPoolAgainstModel.settings = settings(
-    max_examples=60,
+    max_examples=25,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@pytest.mark.slow
+def test_a_pool_against_its_model_for_long() -> None:
+    longer = settings(TestPoolAgainstModel.settings, max_examples=600, derandomize=False)
+    run_state_machine_as_test(PoolAgainstModel, settings=longer)
