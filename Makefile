@@ -15,8 +15,8 @@ DEV_READY := .venv/.ready-dev
 SET_UP := pyproject.toml scripts/set_up.sh scripts/demo_model.txt scripts/build_kernels.py \
 	$(wildcard runtime/kvpool/codecs/cpu/*.[ch])
 
-# Files of tests run beside each other, each as a whole and in order, for many start servers of their own. Most of what a
-# test does is wait for those, so more processes than cores would pay too, were it not for the tests of deadlines.
+# Files of tests run beside each other, each as a whole and in order, for many start servers of their own. torch has one
+# thread in each process then: several spin while they wait for each other, and take twice as long.
 IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Nothing here may ask a model hub: the demo's model comes from PyPI.
@@ -41,7 +41,7 @@ demo: $(DEMO_READY) ## Play chats with a real model on a small pool, stop and ki
 
 .PHONY: test
 test: $(DEV_READY) ## Run all tests that this machine can run, but the long ones
-	@$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 .PHONY: test-crash
 test-crash: $(DEV_READY) ## Run the long tests: hundreds of kill -9, every byte flipped, a soak (marker: slow)

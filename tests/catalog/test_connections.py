@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
 import psycopg
 import pytest
 
@@ -28,6 +27,7 @@ from tests.catalog.connecting import (
     kill,
 )
 from tests.catalog.tls_front import TlsFront, tls_front
+from tests.footprint import footprint, holds_no_more_than
 from tests.local.servers import Server, postgres_server, until
 
 BUDGET_S = 0.3
@@ -309,7 +309,6 @@ def test_an_open_transaction_never_reaches_the_next_borrower(connections: Connec
 
 def test_failures_leave_no_descriptors_and_no_threads(server: Server, connections: Connections) -> None:
     assert one(connections) == 1
-    process = psutil.Process()
 
     def fail_in_all_ways() -> None:
         with pytest.raises(TierUnavailableError), connections.borrow() as connection:
@@ -322,11 +321,10 @@ def test_failures_leave_no_descriptors_and_no_threads(server: Server, connection
             one(connections, 0.02)
 
     fail_in_all_ways()
-    descriptors, threads = process.num_fds(), process.num_threads()
+    before = footprint()
     for _ in range(10):
         fail_in_all_ways()
-    assert process.num_fds() <= descriptors
-    assert process.num_threads() <= threads
+    holds_no_more_than(before)
 
 
 def test_closing_refuses_new_borrowers_and_closes_what_comes_back(server: Server) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
 import psycopg
 import pytest
 
@@ -38,6 +36,7 @@ from tests.catalog.samples import (
     tree_of,
     writing,
 )
+from tests.footprint import footprint, holds_no_more_than
 from tests.local.servers import Server, postgres_server
 
 PATIENCE_S = 60.0
@@ -450,7 +449,6 @@ def test_a_journal_that_cannot_be_used_is_said_once_and_memory_serves(
 
 
 def test_faults_leave_neither_threads_nor_descriptors(server: Server, tmp_path: Path) -> None:
-    process = psutil.Process()
 
     def once() -> None:
         with writing(server.folder, tmp_path / "journal", budget_s=5.0) as writer:
@@ -464,10 +462,10 @@ def test_faults_leave_neither_threads_nor_descriptors(server: Server, tmp_path: 
             assert writer.flush(PATIENCE_S)
 
     once()
-    before = (threading.active_count(), process.num_fds())
+    before = footprint()
     once()
     once()
-    assert (threading.active_count(), process.num_fds()) == before
+    holds_no_more_than(before)
 
 
 def test_blocks_of_a_model_that_was_never_named_do_not_stop_the_rest(catalog: Database) -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import stat
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +16,7 @@ import pytest
 
 from kvpool.local import LocalServer, LocalServerError
 from kvpool.local.sockets import PATH_LIMIT_BYTES
+from tests.footprint import footprint, holds_no_more_than
 from tests.local.clients import read, write
 from tests.local.conftest import DRAGONFLY, POSTGRES, Servers
 from tests.local.servers import runs, until
@@ -55,14 +55,14 @@ def test_a_server_that_is_stopped_leaves_no_process_and_no_descriptor(
     server.start()
     server.stop()
     others = psutil.Process().children()  # of servers that other tests share
-    before = psutil.Process().num_fds(), threading.active_count()
+    before = footprint()
     for _ in range(3):
         server.start()
         below = tree_of(server)
         server.stop()
         assert not any(runs(pid) for pid in below)
         assert psutil.Process().children() == others
-    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    holds_no_more_than(before)
 
 
 @NAMES

@@ -87,27 +87,10 @@ def assemble(
     epoch_sync = EpochSync(epochs, node, f"{config.name}@{socket.gethostname()}", adopted=adopted)
     ram = RamTier(config.ram.capacity_bytes, huge_pages=config.ram.huge_pages, page_lock=_page_lock(config, gpu))
     ram.start_prefault()
-    policy = POLICIES[config.policy.eviction.value]
-    index = PrefixIndex(
-        limit_bytes=config.ram.index_bytes,
-        make_policy=policy.make_policy,
-        make_learner=policy.make_learner,
-        sharing=sharing_rules(config),
-        history=history,
-        region_of={**({GPU: region_of} if config.gpu else {}), RAM: region_of, SSD: segment_of},
-        bytes_of={RAM: ram.bytes_of, SSD: bytes_of},
-    )
-    store = SsdStore(
-        _ssd_opener(directory, disk),
-        config.ssd,
-        reads=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)),
-        writes=CircuitBreaker(BreakerLimits(failures=WRITE_FAILURES)),
-        costs=TierCosts(),
-    )
+    index = _make_index(config, ram, history)
+    store = _make_ssd_store(config, directory, disk)
+    gpu_store = _make_gpu_store(config, gpu)
     events = EventBus()
-    gpu_store = None
-    if config.gpu is not None:
-        gpu_store = GpuStore(gpu, config.gpu, breaker=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)))
     copies = Copies(ram, store, gpu_store)
     memory = Memory(ram, index, copies)
     reclaimer = Reclaimer(index, store, copies)
@@ -136,11 +119,7 @@ def assemble(
         promoter = Promoter(
             parts, gpu_memory, encodings, layout_of=layout_of, after_hits=lambda: engine.settings.gpu_after_hits
         )
-        gpu_parts = Gpu(
-            index, copies, store=gpu_store, memory=gpu_memory, demoter=demoter, promoter=promoter
-        )  # fmt: skip
-
-    readers = Readers(store, memory, encodings)
+        gpu_parts = Gpu(index, copies, store=gpu_store, memory=gpu_memory, demoter=demoter, promoter=promoter)
     sealer = Sealer(ram, index, encodings, compresses_shared=lambda: engine.settings.compress_shared, gpu=gpu_store)
     engine = Engine(
         index=index,
@@ -148,18 +127,9 @@ def assemble(
         store=store,
         copies=copies,
         memory=memory,
-        readers=readers,
+        readers=Readers(store, memory, encodings),
         reclaimer=reclaimer,
-        writer=WriteBehind(
-            index,
-            memory,
-            store,
-            copies,
-            reclaimer,
-            events,
-            sealer,
-            payload_bytes_of=payload_bytes_of,
-        ),
+        writer=WriteBehind(index, memory, store, copies, reclaimer, events, sealer, payload_bytes_of=payload_bytes_of),
         events=events,
         tenants=Tenants(secret, epochs, index, shared=config.sharing.scope is SharingScope.POOL),
         settings=live_settings(config),
@@ -187,18 +157,53 @@ def assemble(
             record_bytes_of=lambda fingerprint: _record_bytes(encodings, layout_of(fingerprint), fingerprint),
         )
     if tiers.connectors:
-        remote = make_remote(config, engine, sealer, tiers.connectors, payload_bytes_of=payload_bytes_of)
-        engine.remote = remote
-        if tiers.catalog is not None:
-            engine.catalog = tiers.catalog
-            remote.reporter = tiers.catalog.reporter
-            remote.prompts = engine.prompts = tiers.prompts
-            tiers.catalog.reporter.embeds = tiers.prompts is not None
-            if tiers.prompts is not None and config.prefetch.semantic:
-                engine.prefetcher = make_prefetcher(engine, tiers.prompts, layout_of)
-            events.tap = tiers.catalog.reporter.copied
-            index.on_removed = tiers.catalog.reporter.removed
+        engine.remote = make_remote(config, engine, sealer, tiers.connectors, payload_bytes_of=payload_bytes_of)
+        _tell_catalog(engine, engine.remote, tiers)
+        if engine.prompts is not None and config.prefetch.semantic:
+            engine.prefetcher = make_prefetcher(engine, engine.prompts, layout_of)
     return engine
+
+
+def _make_index(config: RuntimeConfig, ram: RamTier, history: History) -> PrefixIndex:
+    policy = POLICIES[config.policy.eviction.value]
+    return PrefixIndex(
+        limit_bytes=config.ram.index_bytes,
+        make_policy=policy.make_policy,
+        make_learner=policy.make_learner,
+        sharing=sharing_rules(config),
+        history=history,
+        region_of={**({GPU: region_of} if config.gpu else {}), RAM: region_of, SSD: segment_of},
+        bytes_of={RAM: ram.bytes_of, SSD: bytes_of},
+    )
+
+
+def _make_ssd_store(config: RuntimeConfig, directory: PoolDirectory, disk: Disk | None) -> SsdStore:
+    return SsdStore(
+        _ssd_opener(directory, disk),
+        config.ssd,
+        reads=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)),
+        writes=CircuitBreaker(BreakerLimits(failures=WRITE_FAILURES)),
+        costs=TierCosts(),
+    )
+
+
+def _make_gpu_store(config: RuntimeConfig, gpu: GpuOpener) -> GpuStore | None:
+    if config.gpu is None:
+        return None
+    return GpuStore(gpu, config.gpu, breaker=CircuitBreaker(BreakerLimits(failures=READ_FAILURES)))
+
+
+def _tell_catalog(engine: Engine, remote: Remote, tiers: SharedTiers) -> None:
+    """Report to the catalog, if there is one, what happens in the engine from now on."""
+    if tiers.catalog is None:
+        return
+    reporter = tiers.catalog.reporter
+    engine.catalog = tiers.catalog
+    remote.reporter = reporter
+    remote.prompts = engine.prompts = tiers.prompts
+    reporter.embeds = tiers.prompts is not None
+    engine.events.tap = reporter.copied
+    engine.index.on_removed = reporter.removed
 
 
 def make_prefetcher(engine: Engine, prompts: PromptMemory, layout_of: Layouts) -> Prefetcher:

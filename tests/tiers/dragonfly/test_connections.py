@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 from kvpool.blocks.record import CODEC_NONE
 from kvpool.tiers.dragonfly import connections
 from kvpool.tiers.tier import TierBusyError, TierUnavailableError
+from tests.footprint import footprint, holds_no_more_than
 from tests.tiers.dragonfly.servers import eventually, tcp_server, tier_of
 from tests.tiers.keyed_conformance import chain, found_of, keys_of, put, tree_of
 
@@ -24,10 +23,6 @@ TREE = tree_of()
 def ours(client: Any) -> int:
     """Connections to the server beside the client's own."""
     return len(client.client_list()) - 1
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
 def test_there_are_never_more_connections_than_allowed_and_they_are_used_again(folder: Path, client: Any) -> None:
@@ -77,7 +72,7 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
 
 def test_faults_leave_no_file_and_no_thread_behind(tmp_path: Path) -> None:
     with tcp_server(tmp_path) as server:
-        files, threads = open_files(), threading.active_count()
+        before = footprint()
         tier = tier_of(server.folder, connections=4, budget_s=0.1)
         for _ in range(5):
             put(tier, TREE, chain(3))
@@ -92,8 +87,7 @@ def test_faults_leave_no_file_and_no_thread_behind(tmp_path: Path) -> None:
             with pytest.raises(TierUnavailableError):
                 tier.find(TREE, keys_of(chain(3)), [CODEC_NONE])
         tier.close()
-        assert open_files() <= files
-        assert threading.active_count() == threads
+        holds_no_more_than(before)
 
 
 def _fails(tier: Any) -> bool:
