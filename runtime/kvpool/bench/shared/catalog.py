@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count, cycle
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from uuid import UUID, uuid4
 
 from kvpool.bench.area import Conditions
@@ -200,8 +200,9 @@ def _kept(conditions: Conditions) -> Iterator[Row]:
 
 
 def _prompt() -> BlocksStored:
+    """A new prompt, stored now: as the time of use goes up, an index by it is written at its end."""
     keys = os.urandom(KEY_BYTES * PROMPT_BLOCKS)
-    return BlocksStored(_TREE, BlockKey(os.urandom(KEY_BYTES)), keys, 0, 64, TierName.RAM, 0, 1 << 20, _AT_S)
+    return BlocksStored(_TREE, BlockKey(os.urandom(KEY_BYTES)), keys, 0, 64, TierName.RAM, 0, 1 << 20, time())
 
 
 def _flush(writer: CatalogWriter) -> None:
