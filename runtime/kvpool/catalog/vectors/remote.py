@@ -14,6 +14,10 @@ from kvpool.catalog.vectors.session import Session, server_timeout
 from kvpool.config.service import ServiceAddress
 
 _REMOVED_AT_ONCE = 1_000
+_SEARCH = models.SearchParams(
+    hnsw_ef=layout.HNSW_SEARCH_CANDIDATES,
+    quantization=models.QuantizationSearchParams(rescore=True, oversampling=layout.RESCORED),
+)
 
 
 class RemoteVectors:
@@ -62,7 +66,7 @@ class RemoteVectors:
                 layout.NAME,
                 query=asked,
                 query_filter=models.Filter(must=[_equal(layout.TREE, tree_digest(tree))]),
-                search_params=models.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
+                search_params=_SEARCH,
                 limit=k,
                 with_payload=True,
                 timeout=server_timeout(deadline_s),

@@ -155,6 +155,11 @@ def _create(client: QdrantClient) -> None:
                 ef_construct=layout.HNSW_BUILD_CANDIDATES,
                 full_scan_threshold=layout.FULL_SCAN_KB,
             ),
+            quantization_config=models.ScalarQuantization(
+                scalar=models.ScalarQuantizationConfig(
+                    type=models.ScalarType.INT8, quantile=layout.INT8_QUANTILE, always_ram=True
+                )
+            ),
         )
     except UnexpectedResponse as error:
         if error.status_code != _CONFLICT:  # another process made it at the same time

@@ -14,6 +14,10 @@ _INDEXED_KB = 2_000
 """Segments of more than so many kilobytes of vectors get a graph when one is built."""
 _SEGMENTS = 2
 """One with the graph, and one for what has come since."""
+_SEARCH = qdrant.SearchParams(
+    hnsw_ef=layout.HNSW_SEARCH_CANDIDATES,
+    quantization=qdrant.QuantizationSearchParams(rescore=True, oversampling=layout.RESCORED),
+)
 
 
 class Stored(NamedTuple):
@@ -62,7 +66,7 @@ class Shard:
                 qdrant.Query.Nearest(list(vector)),
                 k,
                 filter=_matching(TREE, tree),
-                params=qdrant.SearchParams(hnsw_ef=layout.HNSW_SEARCH_CANDIDATES),
+                params=_SEARCH,
                 with_payload=True,
             )
         )
@@ -126,7 +130,12 @@ class Shard:
 def _config() -> qdrant.EdgeConfig:
     return qdrant.EdgeConfig(
         vectors=qdrant.EdgeVectorParams(
-            layout.SIZE, qdrant.Distance.Cosine, datatype=qdrant.VectorStorageDatatype.Float16
+            layout.SIZE,
+            qdrant.Distance.Cosine,
+            datatype=qdrant.VectorStorageDatatype.Float16,
+            quantization_config=qdrant.ScalarQuantizationConfig(
+                qdrant.ScalarType.Int8, quantile=layout.INT8_QUANTILE, always_ram=True
+            ),
         ),
         hnsw_config=qdrant.HnswIndexConfig(
             layout.HNSW_EDGES,
