@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -278,8 +279,8 @@ class Bustle:
         """(model, number) of every place that was ever stored."""
         self.held: set[int] = set()
         """Places that are stored, and that nobody has begun to drop or to free."""
-        self.freeing: set[int] = set()
-        """Segments that somebody has begun to free."""
+        self.freeing: Counter[int] = Counter()
+        """By segment, how many have begun to free it, and have not been refused."""
         self.wrong: list[str] = []
 
     def live(self, seed: int) -> None:
@@ -299,7 +300,7 @@ class Bustle:
                 if place in self.numbers:
                     self.wrong.append(f"{place:#x} was given away twice")
                 self.numbers[place] = model, stored
-                if segment_of(place) not in self.freeing:
+                if not self.freeing[segment_of(place)]:
                     self.held.add(place)
 
     def read(self, random: Random, number: int) -> None:
@@ -329,13 +330,14 @@ class Bustle:
             return
         segment = random.choice(infos).id
         with self.lock:
-            self.freeing.add(segment)
+            self.freeing[segment] += 1
             gone = {place for place in self.held if segment_of(place) == segment}
             self.held -= gone
         if not self.tier.free_segment(segment):
             with self.lock:
-                self.freeing.remove(segment)
-                self.held |= gone & set(self.tier.places_in(segment))
+                self.freeing[segment] -= 1
+                if not self.freeing[segment]:
+                    self.held |= gone & set(self.tier.places_in(segment))
 
     def seal(self, random: Random, number: int) -> None:
         if random.random() < 0.2:
