@@ -1,9 +1,10 @@
 """Writes a batch of reports in one transaction, once.
 
 Reports of one kind become one statement each, whose parameters are arrays with an element for each report; the keys
-are taken apart in the database. Two writers never deadlock: all go through the tables in the same order, and wait for
-rows of a table in one statement alone, in the order of the keys. What is about a model that the catalog does not know,
-or of a tenant's epoch that was erased, is left out by the statement itself.
+are taken apart in the database. Two writers never deadlock: all go through the tables in the same order, each statement
+takes its rows in the order of their keys, and none waits for a row that another writer may hold out of that order. What
+is about a model that the catalog does not know, or of a tenant's epoch that was erased, is left out by the statement
+itself.
 """
 
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,8 @@ _USES = Statement("""
 _TRAIL = Statement("""
     insert into kvpool.evictions (key, tier, node, reason, at)
     select substr(keys, 16 * i + 1, 16), tier, node, reason, to_timestamp(at)
-    from unnest(%(keys)b::bytea[], %(tiers)s::text[], %(nodes)s::uuid[], %(reasons)s::text[], %(ats)s::float8[])
+    from unnest(%(removed_keys)b::bytea[], %(removed_tiers)s::text[], %(removed_nodes)s::uuid[],
+                %(removed_reasons)s::text[], %(removed_ats)s::float8[])
              with ordinality told (keys, tier, node, reason, at, number)
          cross join lateral generate_series(0, octet_length(keys) / 16 - 1) i
     order by number, i
@@ -154,7 +156,7 @@ _REMOVE_LOCATIONS = Statement("""
                 ) told
             ) told
             where removed is not null
-            group by key, tier, node order by 1, 2, 3 limit %(rows)s
+            group by key, tier, node order by 1, 2, 3 limit %(removed_rows)s
         ) told cross join lateral (
             select l.key, l.tier, l.node, l.codec from kvpool.locations l
             where l.key = told.key and l.codec <> all(told.stored_again)
@@ -280,12 +282,13 @@ def statements(node: UUID, session: int, ops: Sequence[Op]) -> Iterable[tuple[St
         yield _BLOCKS, _of_blocks([op for _, op in stored])
     if used := [op for op in ops if isinstance(op, BlocksUsed)]:
         yield _USES, _of_used(used)
-    copies = _of_locations(stored, removed, node)
-    if stored:
-        yield _LOCATIONS, copies
-    if removed:
-        yield _REMOVE_LOCATIONS, copies | {"rows": sum(row_count(op) for _, op in removed)}
-        yield _TRAIL, _of_removed([op for _, op in removed], node) | _of_reasons([op for _, op in removed])
+    if stored or removed:
+        copies = _of_copies(stored, removed, node)
+        if stored:
+            yield _LOCATIONS, copies
+        if removed:
+            yield _REMOVE_LOCATIONS, copies
+            yield _TRAIL, copies
     if asked := [op for op in ops if isinstance(op, PromptAsked)]:
         yield _PROMPTS, _of_prompts(asked)
     if usage := [op for op in ops if isinstance(op, UsageReport)]:
@@ -350,7 +353,7 @@ def _of_blocks(ops: Sequence[BlocksStored]) -> Parameters:
     }
 
 
-def _of_locations(
+def _of_copies(
     stored: Sequence[tuple[int, BlocksStored]], removed: Sequence[tuple[int, BlocksRemoved]], node: UUID
 ) -> Parameters:
     ops = [op for _, op in stored]
@@ -366,23 +369,14 @@ def _of_locations(
         "removed_tiers": [op.tier.value for _, op in removed],
         "removed_nodes": [node_of(op.tier, node) for _, op in removed],
         "removed_numbers": [number for number, _ in removed],
-    }
-
-
-def _of_removed(ops: Sequence[BlocksRemoved], node: UUID) -> Parameters:
-    return {
-        "keys": [op.keys for op in ops],
-        "tiers": [op.tier.value for op in ops],
-        "nodes": [node_of(op.tier, node) for op in ops],
+        "removed_reasons": [op.reason for _, op in removed],
+        "removed_ats": [op.at_s for _, op in removed],
+        "removed_rows": sum(row_count(op) for _, op in removed),
     }
 
 
 def _of_used(ops: Sequence[BlocksUsed]) -> Parameters:
     return {"keys": [op.keys for op in ops], "ats": [op.at_s for op in ops], "rows": sum(map(row_count, ops))}
-
-
-def _of_reasons(ops: Sequence[BlocksRemoved]) -> Parameters:
-    return {"reasons": [op.reason for op in ops], "ats": [op.at_s for op in ops]}
 
 
 def _of_prompts(ops: Sequence[PromptAsked]) -> Parameters:
