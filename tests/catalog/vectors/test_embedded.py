@@ -19,6 +19,7 @@ import qdrant_edge
 from kvpool.catalog.vectors.contract import VectorsMismatchError, VectorsUnavailableError
 from kvpool.catalog.vectors.embedded import EmbeddedVectors
 from kvpool.catalog.vectors.layout import NAME
+from kvpool.catalog.vectors.layout import TREE as TREE_FIELD
 from kvpool.errors import DirectoryInUseError
 from tests.catalog.vectors.points import TREE, leaf_of, near, point, points, tree_of, until, vector_of
 from tests.footprint import footprint, holds_no_more_than
@@ -182,6 +183,22 @@ def test_points_of_another_dimension_are_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(VectorsMismatchError, match=r"another kind: .*256.*; needed are 512"):
         EmbeddedVectors(tmp_path)
     assert files_in(tmp_path) == before
+
+
+def test_points_whose_tree_was_indexed_as_a_keyword_are_found_and_indexed_anew(tmp_path: Path) -> None:
+    with closing(EmbeddedVectors(tmp_path)) as vectors:
+        vectors.upsert(points(range(50)))
+    copy = str(tmp_path / NAME / "points-1")
+    shard = qdrant_edge.EdgeShard.load(copy)
+    keyword = qdrant_edge.KeywordIndexParams(is_tenant=True)
+    shard.update(qdrant_edge.UpdateOperation.create_field_index(TREE_FIELD, keyword))
+    shard.flush()
+    shard.close()
+    with closing(EmbeddedVectors(tmp_path)) as vectors:
+        assert all(found(vectors, number) for number in range(50))
+    shard = qdrant_edge.EdgeShard.load(copy)
+    assert shard.info().payload_schema[TREE_FIELD].data_type == qdrant_edge.PayloadSchemaType.Uuid
+    shard.close()
 
 
 @pytest.mark.parametrize("damaged", ["segment.json", "mutable_id_tracker.mappings", "wal", "edge_config.json"])

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 
 from kvpool.catalog.vectors.contract import VectorsMismatchError, VectorsUnavailableError
 from kvpool.catalog.vectors.deadline_transport import MAX_ANSWER_BYTES
@@ -62,7 +62,7 @@ def test_the_collection_is_made_as_it_is_documented(vectors: RemoteVectors, serv
     assert search(vectors) == []
     indexes = server.indexes(NAME)
     assert {name: index["params"]["type"] for name, index in indexes.items()} == {
-        TREE_FIELD: "keyword",
+        TREE_FIELD: "uuid",
         MODEL: "keyword",
         TENANT: "keyword",
         EPOCH: "integer",
@@ -75,6 +75,15 @@ def test_an_index_that_is_missing_is_made(vectors: RemoteVectors, server: Qdrant
     server.create(NAME, 512)
     vectors.upsert([point(7)])
     assert set(server.indexes(NAME)) == {TREE_FIELD, MODEL, TENANT, EPOCH, AT}
+
+
+def test_an_index_of_another_kind_is_made_anew(vectors: RemoteVectors, server: QdrantServer) -> None:
+    server.create(NAME, 512)
+    with closing(QdrantClient(url=f"http://127.0.0.1:{server.port}", check_compatibility=False)) as client:
+        client.create_payload_index(NAME, TREE_FIELD, models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD))
+    vectors.upsert([point(7)])
+    assert server.indexes(NAME)[TREE_FIELD]["params"]["type"] == "uuid"
+    assert search(vectors) == [leaf_of(7)]
 
 
 @pytest.mark.parametrize(("size", "distance"), [(256, models.Distance.COSINE), (512, models.Distance.EUCLID)])

@@ -4,7 +4,7 @@ Name `kvpool-prompts-2`; one unnamed vector of 512 float16 a point, compared by 
 the graph is searched. A point's id is the UUID made of its prompt's last block key. Its payload:
 
     field   index                what
-    tree    keyword, is_tenant   model, tenant and epoch: a digest of the three, 32 hexadecimal digits
+    tree    uuid, is_tenant      model, tenant and epoch: a digest of the three, 32 hexadecimal digits
     model   keyword              fingerprint, 64 hexadecimal digits
     tenant  keyword              keyed digest, 32 hexadecimal digits
     epoch   integer              of the tenant, when the prompt was stored
@@ -15,7 +15,8 @@ the graph is searched. A point's id is the UUID made of its prompt's last block 
     next    none                 keys of the last blocks of the prompts that came next, in a list
 
 A search always filters by model, tenant and epoch, by the one field that stands for the three: to look at three of each
-candidate takes a third longer. No token, no text and no name is in it.
+candidate takes a third longer. It is a UUID, of 16 bytes: as text, which a keyword is, it takes two thirds longer. No
+token, no text and no name is in it.
 """
 
 NAME = "kvpool-prompts-2"

@@ -20,8 +20,8 @@ from kvpool.errors import ConfigError
 SCHEMES = ("http", "https")
 _CONFLICT, _NOT_FOUND = 409, 404
 _REASON_CHARS = 300
-_INDEXES: dict[str, models.KeywordIndexParams | models.IntegerIndexParams] = {
-    layout.TREE: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True),
+_INDEXES: dict[str, models.UuidIndexParams | models.KeywordIndexParams | models.IntegerIndexParams] = {
+    layout.TREE: models.UuidIndexParams(type=models.UuidIndexType.UUID, is_tenant=True),
     layout.MODEL: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
     layout.TENANT: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
     layout.EPOCH: models.IntegerIndexParams(type=models.IntegerIndexType.INTEGER, lookup=True, range=True),
@@ -130,7 +130,8 @@ def _check_collection(client: QdrantClient) -> None:
             f"{layout.SIZE} dimensions compared by {layout.DISTANCE}: remove it, or rename it"
         )
     for name, index in _INDEXES.items():
-        if name not in info.payload_schema:
+        there = info.payload_schema.get(name)
+        if there is None or there.data_type.value != index.type.value:
             client.create_payload_index(layout.NAME, name, index)
 
 

@@ -14,6 +14,13 @@ _INDEXED_KB = 2_000
 """Segments of more than so many kilobytes of vectors get a graph when one is built."""
 _SEGMENTS = 2
 """One with the graph, and one for what has come since."""
+_INDEXES: Mapping[str, qdrant.UuidIndexParams | qdrant.KeywordIndexParams | qdrant.IntegerIndexParams] = {
+    TREE: qdrant.UuidIndexParams(is_tenant=True),
+    MODEL: qdrant.KeywordIndexParams(),
+    TENANT: qdrant.KeywordIndexParams(),
+    EPOCH: qdrant.IntegerIndexParams(lookup=True, range=True),
+    AT: qdrant.IntegerIndexParams(lookup=False, range=True),
+}
 _SEARCH = qdrant.SearchParams(
     hnsw_ef=layout.HNSW_SEARCH_CANDIDATES,
     quantization=qdrant.QuantizationSearchParams(rescore=True, oversampling=layout.RESCORED),
@@ -38,13 +45,7 @@ class Shard:
     def create(cls, directory: Path) -> Self:
         """An empty one, in a directory that is there."""
         engine = qdrant.EdgeShard.create(str(directory), _config())
-        for name, index in (
-            (TREE, qdrant.KeywordIndexParams(is_tenant=True)),
-            (MODEL, qdrant.KeywordIndexParams()),
-            (TENANT, qdrant.KeywordIndexParams()),
-            (EPOCH, qdrant.IntegerIndexParams(lookup=True, range=True)),
-            (AT, qdrant.IntegerIndexParams(lookup=False, range=True)),
-        ):
+        for name, index in _INDEXES.items():
             engine.update(qdrant.UpdateOperation.create_field_index(name, index))
         engine.flush()
         return cls(engine)
@@ -52,7 +53,11 @@ class Shard:
     @classmethod
     def load(cls, directory: Path) -> Self:
         """The one that is there; what was written to its log since the last flush is applied."""
-        return cls(qdrant.EdgeShard.load(str(directory), _config()))
+        engine = qdrant.EdgeShard.load(str(directory), _config())
+        tree = engine.info().payload_schema.get(TREE)
+        if tree is None or tree.data_type != qdrant.PayloadSchemaType.Uuid:  # made before it was that
+            engine.update(qdrant.UpdateOperation.create_field_index(TREE, _INDEXES[TREE]))
+        return cls(engine)
 
     def upsert(self, points: Iterable[Stored]) -> None:
         """Store these, in place of those of the same ids."""
