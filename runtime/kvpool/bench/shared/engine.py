@@ -35,6 +35,7 @@ from kvpool.catalog.connections import SCHEMES
 from kvpool.catalog.payload_statements import FIND
 from kvpool.config import DatabaseConfig, DragonflyConfig, PostgresConfig, RuntimeConfig
 from kvpool.config.service import read_service
+from kvpool.pool.remote.lookup import FIRST_WINDOW_BLOCKS
 from kvpool.tiers.tier import TierName
 
 RAM_BYTES = 512 * MIB
@@ -150,7 +151,7 @@ def _absent(shared: OpenModel, conditions: Conditions) -> Iterator[Row]:
         for blocks, name in ABSENT:
             prompts = Prompts(seed=3)
             calls = conditions.scaled(LOOKUPS, least=5)
-            asked = min(blocks, 32)
+            asked = min(blocks, FIRST_WINDOW_BLOCKS)
             probe = seconds_per_call(partial(_bare_find, bare, asked), calls)
             wait = partial(_waited, shared, prompts, blocks, calls)
             figure = beside(wait, probe, conditions.rounds).in_unit(_US)

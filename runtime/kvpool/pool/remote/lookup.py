@@ -1,8 +1,8 @@
 """Brings into RAM what the keyed tiers hold of one prompt, for the lease that asked.
 
-The tail that the tree does not know is asked for window by window, each twice as long as the one before: of all tiers
-at once, so that a prompt which nobody has costs one round trip of the slower one. Each block comes from the tier that
-is expected to be quicker; it is verified, and entered in the tree. Slots belong to the lookup until then. What does not
+The tail that the tree does not know is asked for window by window, each longer than the one before: of all tiers at
+once, so that a prompt which nobody has costs one round trip of the slower one. Each block comes from the tier that is
+expected to be quicker; it is verified, and entered in the tree. Slots belong to the lookup until then. What does not
 come, or is not what was asked for, is not asked of that tier again: the others may have it. What another lookup is
 fetching is waited for, not fetched again. A lookup ends with its lease: what is in flight then is not waited for, and
 its slots are freed when it has ended.
@@ -35,7 +35,10 @@ from kvpool.prefix.node import RAM
 from kvpool.prefix.tree import Extras, PrefixTree
 from kvpool.tiers.tier import Found, TierName
 
-FIRST_WINDOW_BLOCKS, LAST_WINDOW_BLOCKS = 32, 1024
+FIRST_WINDOW_BLOCKS, LAST_WINDOW_BLOCKS = 16, 1024
+_LONGER = 4
+"""Every miss costs the first window, 6 us a block beside 350 for asking at all; by it is judged whether reading pays.
+Each next is so many times as long, since every window costs a hit a round trip."""
 BATCH_BYTES = 16 << 20
 """About so much is read at once."""
 _log = logging.getLogger(__name__)
@@ -171,7 +174,7 @@ class Lookup:
                 if self._ended or self._is_full or (came_whole and len(sources) < self._window):
                     return
                 if came_whole:
-                    self._window = min(2 * self._window, LAST_WINDOW_BLOCKS)
+                    self._window = min(_LONGER * self._window, LAST_WINDOW_BLOCKS)
                 sources = self._ask(pin)
         except Exception:  # the thread's top: whoever waits must be told
             _log.exception("looking a prompt up in shared tiers")
