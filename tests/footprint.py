@@ -8,7 +8,7 @@ import threading
 import time
 from typing import NamedTuple
 
-DEADLINE_S = 20.0
+from tests.waiting import DEADLINE_S
 
 
 class Footprint(NamedTuple):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -160,13 +159,6 @@ def writing(
         assert writer.close(DEADLINE_S), "the writer ends"
         if connections is None:
             own.close()
-
-
-def eventually(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    until = monotonic() + deadline_s
-    while not condition():
-        assert monotonic() < until, f"not within {deadline_s} s: {what}"
-        sleep(0.01)
 
 
 def new_node() -> UUID:

@@ -28,7 +28,8 @@ from tests.catalog.connecting import (
 )
 from tests.catalog.tls_front import TlsFront, tls_front
 from tests.footprint import footprint, holds_no_more_than
-from tests.local.servers import Server, postgres_server, until
+from tests.local.servers import Server, postgres_server
+from tests.waiting import eventually
 
 BUDGET_S = 0.3
 
@@ -181,7 +182,7 @@ def test_a_statement_that_is_too_slow_costs_the_budget_and_does_not_go_on_for_no
             query = "select count(*) from pg_stat_activity where query like %s and pid <> pg_backend_pid()"
             return other.execute(query, ("%slowly%",)).fetchone() == (0,)
 
-        until(gone, 10.0)
+        eventually(gone, deadline_s=10.0)
 
 
 def test_a_borrower_may_set_a_budget_of_its_own(connections: Connections) -> None:
@@ -380,7 +381,7 @@ def test_a_silent_name_server_costs_the_budget_and_one_thread(monkeypatch: pytes
     assert threading.active_count() == threads + 1
     answers.set()
     assert lookup.addresses("database", DEADLINE_S) == ["127.0.0.1"]
-    until(lambda: threading.active_count() == threads)
+    eventually(lambda: threading.active_count() == threads)
 
 
 @pytest.fixture(scope="module")

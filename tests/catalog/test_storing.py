@@ -43,13 +43,13 @@ from tests.catalog.samples import (
     TREE,
     Database,
     asked,
-    eventually,
     key,
     removed,
     stored,
     tree_of,
     used,
 )
+from tests.waiting import eventually
 
 
 def test_stored_blocks_are_there_with_their_place_in_the_prompt(catalog: Database) -> None:

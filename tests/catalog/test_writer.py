@@ -28,7 +28,6 @@ from tests.catalog.samples import (
     Database,
     asked,
     catalog_in,
-    eventually,
     key,
     keys,
     removed,
@@ -38,6 +37,7 @@ from tests.catalog.samples import (
 )
 from tests.footprint import footprint, holds_no_more_than
 from tests.local.servers import Server, postgres_server
+from tests.waiting import eventually
 
 PATIENCE_S = 60.0
 

@@ -14,7 +14,7 @@ from kvpool.demo.__main__ import FAILED, INTERRUPTED
 from kvpool.demo.servers import PROCESSES, Process, left_running, read_processes
 from kvpool.demo.smollm2 import ModelMissingError, gguf_file
 from tests.interruptible import interruptible
-from tests.local.servers import until
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 START_S, END_S = 240.0, 120.0
@@ -42,7 +42,7 @@ def playing(out: Path) -> Iterator[tuple["subprocess.Popen[str]", list[Process]]
         preexec_fn=interruptible,
     )
     try:
-        until(lambda: demo.poll() is not None or len(noted(out)) >= 2, START_S)
+        eventually(lambda: demo.poll() is not None or len(noted(out)) >= 2, deadline_s=START_S)
         yield demo, noted(out)
     finally:
         if demo.poll() is None:

@@ -13,8 +13,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from psycopg import sql
 
 from kvpool.local import LocalServer, local_postgres, local_redis
+from tests.waiting import eventually
 
 DEADLINE_S = 60.0
 
@@ -55,7 +55,7 @@ class Server:
     def kill(self) -> None:
         """SIGKILL, and wait for its end. Of Redis only what it has saved is there afterwards."""
         os.kill(self.pid, signal.SIGKILL)
-        until(lambda: not self.alive)
+        eventually(lambda: not self.alive)
 
     def freeze(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
@@ -65,14 +65,6 @@ class Server:
 
     def stop(self) -> None:
         self.local.stop(DEADLINE_S)
-
-
-def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
-    """Wait for what must become true."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def runs(pid: int) -> bool:

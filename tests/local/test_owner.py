@@ -17,7 +17,8 @@ import pytest
 from tests.local.clients import read, write
 from tests.local.conftest import DRAGONFLY, POSTGRES, Servers
 from tests.local.owning import NAMELESS, NOBODY, as_user, needs_namespaces, owner, without_namespaces
-from tests.local.servers import runs, until
+from tests.local.servers import runs
+from tests.waiting import eventually
 
 NAMES = pytest.mark.parametrize("name", [DRAGONFLY, POSTGRES])
 
@@ -65,7 +66,7 @@ def test_servers_of_a_process_that_ends_without_a_word_stop(name: str, tmp_path:
     with owner(tmp_path, name) as owning:
         below = family(owning.hear()[name])
         owning.tell("exit")
-        until(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below))
         assert owning.process.wait() == 0
 
 
@@ -84,7 +85,7 @@ def test_a_fork_of_a_process_that_is_killed_does_not_keep_its_servers(name: str,
         below = family(owning.hear()[name])
         forked = owning.fork()
         owning.kill()
-        until(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below))
         assert runs(forked)
 
 
@@ -105,7 +106,7 @@ def test_a_frozen_server_of_a_process_that_is_killed_stops(name: str, tmp_path: 
         below = family(pid)
         os.kill(pid, signal.SIGSTOP)
         owning.kill()
-        until(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below))
 
 
 @NAMES
@@ -116,7 +117,7 @@ def test_sockets_among_the_temporary_files_go_with_a_process_that_is_killed(name
         sockets = (directory / name / "run").readlink()
         assert any(sockets.iterdir())
         owning.kill()
-        until(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below))
         assert not sockets.exists()
 
 

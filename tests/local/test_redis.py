@@ -14,7 +14,7 @@ from kvpool.local.programs import Product, Program
 from kvpool.local.redis import RedisRecipe
 from tests.local.clients import read, redis_client, write
 from tests.local.conftest import DRAGONFLY, Servers
-from tests.local.servers import until
+from tests.waiting import eventually
 
 MIB = 1 << 20
 
@@ -41,7 +41,7 @@ def test_what_was_not_saved_when_the_server_was_killed_is_gone_and_it_serves_aga
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not server.alive)
+    eventually(lambda: not server.alive)
     server.start()
     assert read(DRAGONFLY, server.folder) is None
 

@@ -19,7 +19,8 @@ from kvpool.local.sockets import PATH_LIMIT_BYTES
 from tests.footprint import footprint, holds_no_more_than
 from tests.local.clients import read, write
 from tests.local.conftest import DRAGONFLY, POSTGRES, Servers
-from tests.local.servers import runs, until
+from tests.local.servers import runs
+from tests.waiting import eventually
 
 NAMES = pytest.mark.parametrize("name", [DRAGONFLY, POSTGRES])
 
@@ -95,12 +96,12 @@ def test_a_server_that_was_killed_is_noticed_and_can_be_started_again(
     assert pid is not None
     below = tree_of(server)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not server.alive)
+    eventually(lambda: not server.alive)
     server.restart()
     assert server.pid != pid
     assert read(name, server.folder) == "kept"
     assert (server.folder / "url").read_text() == url
-    until(lambda: not any(runs(old) for old in below))
+    eventually(lambda: not any(runs(old) for old in below))
 
 
 @NAMES
@@ -123,7 +124,7 @@ def test_a_server_whose_guard_is_killed_stops_and_saves_its_data(name: str, serv
     pid = server.pid
     assert pid is not None
     guard_of(server).kill()
-    until(lambda: not server.alive)
+    eventually(lambda: not server.alive)
     server.restart()  # waits for the old one, which may still be saving
     assert not runs(pid)
     assert read(name, server.folder) == "kept"

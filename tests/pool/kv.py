@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from kvpool.prefix.integrity import IntegrityError, check_integrity
 from kvpool.prefix.node import NOWHERE, RAM, SSD
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 Payload: TypeAlias = npt.NDArray[np.uint8]
 
@@ -194,14 +195,6 @@ def empty_ram(pool: Pool) -> None:
 
 def flushed(pool: Pool) -> None:
     assert pool.flush(DEADLINE_S), "the write queue does not drain"
-
-
-def eventually(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until `condition` holds, for what another thread has to do; fail after `deadline_s`."""
-    until = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < until, f"not within {deadline_s} s: {what}"
-        time.sleep(0.002)
 
 
 def check(pool: Pool, leases: Iterable[Lease] | None = None) -> None:

@@ -18,6 +18,7 @@ from kvpool.prefix.node import RAM as RAM_LEVEL
 from kvpool.tiers.ssd.scratch import aligned
 from kvpool.tiers.ssd.tier import SsdTier
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -30,7 +31,6 @@ from .kv import (
     check_chains_on_ssd,
     disk_usage,
     empty_ram,
-    eventually,
     fill_ram,
     flushed,
     is_within_capacity,

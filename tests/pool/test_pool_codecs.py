@@ -23,8 +23,9 @@ from kvpool.pool.results import ModelSpec, Verdict
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import RAM, SSD
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
-from .kv import MIB, Payload, config, empty_ram, eventually, flushed, identity, prompt, served, spec
+from .kv import MIB, Payload, config, empty_ram, flushed, identity, prompt, served, spec
 from .kv import store as store_bytes
 
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_size=64, dtype=Dtype.FLOAT32, block_tokens=4)

@@ -15,6 +15,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import Refusal
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -24,7 +25,6 @@ from .kv import (
     Prompt,
     check,
     empty_ram,
-    eventually,
     flushed,
     load,
     loaded_blocks,

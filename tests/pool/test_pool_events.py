@@ -15,22 +15,10 @@ from kvpool.pool import events as events_module
 from kvpool.pool.events import BlockRemoved, BlockStored, Event
 from kvpool.pool.model import Model
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk
-from .kv import (
-    BLOCK_TOKENS,
-    MIB,
-    RECORD,
-    empty_ram,
-    eventually,
-    flushed,
-    load,
-    open_pool,
-    prompt,
-    spec,
-    store,
-    stored_below,
-)
+from .kv import BLOCK_TOKENS, MIB, RECORD, empty_ram, flushed, load, open_pool, prompt, spec, store, stored_below
 
 RAM, SSD = TierName.RAM, TierName.SSD
 FOUR = prompt(4, seed=1)

@@ -16,6 +16,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec, Refusal, Verdict
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -24,7 +25,6 @@ from .kv import (
     RECORD,
     check,
     empty_ram,
-    eventually,
     flushed,
     identity,
     load,

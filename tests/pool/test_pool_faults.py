@@ -27,6 +27,7 @@ from kvpool.pool.results import Verdict
 from kvpool.prefix.node import SSD as SSD_LEVEL
 from kvpool.tiers.ssd.scratch import aligned
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk, from_the_nth_on
 from .kv import (
@@ -37,7 +38,6 @@ from .kv import (
     check,
     disk_usage,
     empty_ram,
-    eventually,
     flushed,
     load,
     loaded_blocks,

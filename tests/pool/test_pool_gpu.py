@@ -34,6 +34,7 @@ from kvpool.tiers.gpu.device import Device
 from kvpool.tiers.gpu.tier import GpuTier
 from kvpool.tiers.tier import TierName, TierUnavailableError
 from tests.tiers.gpu.devices import REAL_DEVICES, FullDevice, IllDevice, LateDevice
+from tests.waiting import eventually
 
 from .kv import (
     DEADLINE_S,
@@ -45,7 +46,6 @@ from .kv import (
     check,
     config,
     empty_ram,
-    eventually,
     flushed,
     identity,
     matched,

@@ -14,22 +14,9 @@ from kvpool.policy.demand import DIGESTED_BLOCKS, MOST_EVENTS
 from kvpool.pool.pool import Pool
 from kvpool.prefix.node import RAM
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
-from .kv import (
-    MIB,
-    RECORD,
-    check,
-    config,
-    empty_ram,
-    eventually,
-    flushed,
-    load,
-    matched,
-    open_pool,
-    prompt,
-    spec,
-    store,
-)
+from .kv import MIB, RECORD, check, config, empty_ram, flushed, load, matched, open_pool, prompt, spec, store
 
 GUARANTEED, LIMIT = 8, 24
 

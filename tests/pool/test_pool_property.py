@@ -27,6 +27,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import Verdict
 from kvpool.prefix.node import RAM
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -41,7 +42,6 @@ from .kv import (
     config,
     disk_usage,
     empty_ram,
-    eventually,
     flushed,
     is_within_capacity,
     open_pool,

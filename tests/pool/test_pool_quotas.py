@@ -21,23 +21,9 @@ from kvpool.pool.results import ModelSpec, Refusal, Verdict
 from kvpool.prefix.integrity import check_integrity
 from kvpool.prefix.node import RAM, SSD
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
-from .kv import (
-    LAYOUT,
-    MIB,
-    RECORD,
-    WIDE,
-    config,
-    empty_ram,
-    eventually,
-    flushed,
-    identity,
-    load,
-    matched,
-    prompt,
-    spec,
-    store,
-)
+from .kv import LAYOUT, MIB, RECORD, WIDE, config, empty_ram, flushed, identity, load, matched, prompt, spec, store
 
 Shares = Mapping[str, Mapping[str, tuple[int, int | None]]]
 """By model and tier: guaranteed and limit, in blocks of `RECORD` bytes."""

@@ -12,6 +12,7 @@ from kvpool.errors import ConfigError
 from kvpool.pool.pool import Pool
 from kvpool.pool.results import ModelSpec
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -26,7 +27,6 @@ from .kv import (
     config,
     disk_usage,
     empty_ram,
-    eventually,
     flushed,
     identity,
     is_within_capacity,

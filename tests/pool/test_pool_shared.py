@@ -12,21 +12,9 @@ from kvpool.pool.pool import Pool
 from kvpool.pool.results import LeaseState, Verdict
 from kvpool.resilience import Degradation
 from kvpool.tiers.tier import TierName
+from tests.waiting import eventually
 
-from .kv import (
-    DEADLINE_S,
-    RECORD,
-    check,
-    empty_ram,
-    eventually,
-    flushed,
-    load,
-    loaded_blocks,
-    matched,
-    prompt,
-    spec,
-    store,
-)
+from .kv import DEADLINE_S, RECORD, check, empty_ram, flushed, load, loaded_blocks, matched, prompt, spec, store
 from .shared import MemoryTier, sharing_pool
 
 DRAGONFLY, DATABASE, RAM = TierName.DRAGONFLY, TierName.DATABASE, TierName.RAM

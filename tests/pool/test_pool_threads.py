@@ -21,6 +21,7 @@ from kvpool.pool.pool import Pool
 from kvpool.prefix.node import LEVELS
 from kvpool.tiers.tier import TierName
 from tests.footprint import footprint, holds_no_more_than
+from tests.waiting import eventually
 
 from .disks import SickDisk
 from .kv import (
@@ -34,7 +35,6 @@ from .kv import (
     check_chains_on_ssd,
     config,
     disk_usage,
-    eventually,
     flushed,
     is_within_capacity,
     load,

@@ -14,7 +14,8 @@ from kvpool.pool.remote.parts import Remote
 from kvpool.pool.remote.prompts import PromptMemory
 from kvpool.tiers.ssd.disk import Disk
 from kvpool.tiers.tier import TierName
-from tests.pool.kv import DEADLINE_S, MIB, config, eventually, flushed, loaded_blocks
+from tests.pool.kv import DEADLINE_S, MIB, config, flushed, loaded_blocks
+from tests.waiting import eventually
 
 SECRET = bytes(range(32))
 """Of all pools that share."""

@@ -33,7 +33,6 @@ from tests.pool.kv import (
     Prompt,
     check,
     check_chains_on_ssd,
-    eventually,
     flushed,
     is_within_capacity,
     loaded_blocks,
@@ -46,6 +45,7 @@ from tests.pool.test_pool_codecs import BOUND, Floats
 from tests.pool.test_pool_codecs import LARGE as FLOATS
 from tests.pool.test_pool_gpu import DevicePrompt
 from tests.pool.test_pool_threads import TENANTS, Crowd
+from tests.waiting import eventually
 
 from .pools import in_normal_mode, looked_up, remote_of, reported
 

@@ -15,8 +15,9 @@ from kvpool.tiers.dragonfly.names import parts_of, tenant_pattern
 from kvpool.tiers.tier import TierName
 from tests.local.clients import postgres_client
 from tests.local.servers import Server
-from tests.pool.kv import MIB, check, eventually, flushed, load, matched, prompt, spec, store
+from tests.pool.kv import MIB, check, flushed, load, matched, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
+from tests.waiting import eventually
 
 from .pools import (
     EMBEDDED_QDRANT,

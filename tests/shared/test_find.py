@@ -14,8 +14,9 @@ from kvpool.pool.pool import Pool
 from kvpool.pool.results import Verdict
 from kvpool.tiers.tier import TierName
 from tests.local.servers import Server
-from tests.pool.kv import BLOCK_TOKENS, DEADLINE_S, MIB, empty_ram, eventually, flushed, load, prompt, spec, store
+from tests.pool.kv import BLOCK_TOKENS, DEADLINE_S, MIB, empty_ram, flushed, load, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
+from tests.waiting import eventually
 
 from .pools import catalog_of, open_shared, reported
 

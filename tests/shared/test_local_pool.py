@@ -11,7 +11,8 @@ from typing import Any
 from kvpool.pool.pool import Pool
 from kvpool.tiers.tier import TierName
 from tests.local.servers import runs
-from tests.pool.kv import MIB, check, empty_ram, eventually, load, prompt, spec, store
+from tests.pool.kv import MIB, check, empty_ram, load, prompt, spec, store
+from tests.waiting import eventually
 
 from .neighbour import neighbour
 from .pools import EMBEDDED_QDRANT, in_normal_mode, looked_up, open_shared, prompts_of, reported, shared_config

@@ -22,8 +22,9 @@ from kvpool.tiers.tier import TierName
 from tests.local.clients import postgres_client
 from tests.local.servers import Server
 from tests.pool.crashing import TINY
-from tests.pool.kv import BLOCK_TOKENS, MIB, check, empty_ram, eventually, flushed, load, prompt, spec, store
+from tests.pool.kv import BLOCK_TOKENS, MIB, check, empty_ram, flushed, load, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
+from tests.waiting import eventually
 
 from .pools import catalog_of, in_normal_mode, looked_up, open_shared, reported
 from .slow_socket import SlowSocket

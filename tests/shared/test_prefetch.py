@@ -12,7 +12,8 @@ from kvpool.pool.model import Model
 from kvpool.pool.pool import Pool
 from kvpool.pool.stats import PrefetchStats
 from kvpool.tiers.tier import TierName
-from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, empty_ram, eventually, flushed, prompt, served, spec, store
+from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, empty_ram, flushed, prompt, served, spec, store
+from tests.waiting import eventually
 
 from .pools import shared_config
 

@@ -22,21 +22,9 @@ from kvpool.resilience import Degradation
 from kvpool.tiers.dragonfly.names import PREFIX
 from kvpool.tiers.tier import TierName
 from tests.local.servers import Server
-from tests.pool.kv import (
-    BLOCK_TOKENS,
-    KIB,
-    MIB,
-    RECORD,
-    check,
-    empty_ram,
-    eventually,
-    flushed,
-    load,
-    prompt,
-    spec,
-    store,
-)
+from tests.pool.kv import BLOCK_TOKENS, KIB, MIB, RECORD, check, empty_ram, flushed, load, prompt, spec, store
 from tests.tiers.dragonfly.servers import client_of
+from tests.waiting import eventually
 
 from .pools import in_normal_mode, looked_up, open_shared, remote_of
 

@@ -17,7 +17,8 @@ from kvpool.resilience import BreakerState
 from kvpool.tiers.tier import TierName
 from tests.local.servers import Server
 from tests.pool.disks import SickDisk
-from tests.pool.kv import MIB, WIDE, check, eventually, flushed
+from tests.pool.kv import MIB, WIDE, check, flushed
+from tests.waiting import eventually
 
 from .pools import catalog_of, open_shared, remote_of
 from .soak import LONGEST_S, PROMPTS, SHORTEST_S, TENANTS, Ill, ask, in_use, schedule

@@ -21,9 +21,10 @@ from kvpool.pool.stats import SharedShareStats
 from kvpool.tiers.dragonfly.names import PREFIX
 from kvpool.tiers.tier import TierName
 from tests.local.clients import postgres_client
-from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, eventually, flushed, prompt, spec, store
+from tests.pool.kv import DEADLINE_S, MIB, RECORD, check, flushed, prompt, spec, store
 from tests.pool.test_pool_codecs import BOUND, Floats
 from tests.tiers.dragonfly.servers import client_of
+from tests.waiting import eventually
 
 from .neighbour import neighbour
 from .pools import looked_up, open_shared, reported, shared_config

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +11,6 @@ import numpy.typing as npt
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding import DIMENSIONS, Vector
 from kvpool.catalog.vectors.contract import Point, point_id
-
-DEADLINE_S = 30.0
 
 
 def tree_of(model: int = 0, tenant: int = 0, epoch: int = 0) -> TreeId:
@@ -56,11 +53,3 @@ def point(number: int, tree: TreeId = TREE, *, vector: Vector | None = None, at_
 
 def points(numbers: Sequence[int], tree: TreeId = TREE) -> list[Point]:
     return [point(number, tree) for number in numbers]
-
-
-def until(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a condition, or fail."""
-    ends = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < ends, "it did not come to be in time"
-        time.sleep(0.01)

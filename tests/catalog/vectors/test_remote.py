@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,8 +23,10 @@ from kvpool.catalog.vectors.layout import TREE as TREE_FIELD
 from kvpool.catalog.vectors.remote import RemoteVectors
 from kvpool.catalog.vectors.session import SCHEMES
 from kvpool.config.service import read_service
-from tests.catalog.vectors.points import TREE, leaf_of, point, until, vector_of
+from tests.catalog.vectors.points import TREE, leaf_of, point, vector_of
 from tests.catalog.vectors.qdrant_server import QdrantServer, qdrant_server, service_folder
+from tests.footprint import footprint, holds_no_more_than
+from tests.waiting import eventually
 
 SEARCH_S = 20.0
 SHORT_S = 0.1
@@ -187,8 +188,8 @@ def test_a_server_that_comes_back_is_used_again(tmp_path: Path) -> None:
         first.stop()
         with qdrant_server() as second:
             service_folder(tmp_path / "one", second.port)
-            until(lambda: succeeded(lambda: vectors.upsert([point(7)])))
-            until(lambda: succeeded(lambda: search(vectors)))
+            eventually(lambda: succeeded(lambda: vectors.upsert([point(7)])))
+            eventually(lambda: succeeded(lambda: search(vectors)))
             assert search(vectors) == [leaf_of(7)]
 
 
@@ -291,13 +292,11 @@ def _searched(payload: dict[str, object], tmp_path: Path) -> list[bytes]:
 def test_many_calls_that_fail_leave_no_descriptor_and_no_thread(tmp_path: Path) -> None:
     with silent_server() as port, closing(vectors_of(service_folder(tmp_path / "d", port))) as vectors:
         refused(lambda: search(vectors, SHORT_S))
-        process = psutil.Process()
-        fds, threads = process.num_fds(), threading.active_count()
+        before = footprint()
         for _ in range(20):
             refused(lambda: search(vectors, 0.02))
-        until(lambda: process.num_fds() <= fds + 20)  # the server's own ends, which it keeps until it ends
-        assert threading.active_count() <= threads
-    until(lambda: process.num_fds() <= fds)
+        holds_no_more_than(before._replace(descriptors=before.descriptors + 20))  # the server keeps its own ends
+    holds_no_more_than(before)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,11 @@ import redis
 from kvpool.config.service import ServiceAddress, read_service
 from kvpool.tiers.dragonfly.opening import SCHEMES
 from kvpool.tiers.dragonfly.tier import DragonflyTier
+from tests.waiting import eventually
 
 TTL_S, BUDGET_S = 100.0, 5.0
 DEADLINE_S = 20.0
+_MOST_WORKERS = 16
 NODES = 3
 PASSWORD = "secret-of-the-tests"  # noqa: S105 - it is none
 
@@ -52,20 +55,28 @@ def client_of(folder: Path) -> Any:
     return redis.Redis(port=address.parts.port, username=username, password=password, protocol=2)
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition` holds; fail after `DEADLINE_S`."""
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, f"not within {DEADLINE_S} s: {what}"
-        time.sleep(0.005)
-
-
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports of the loopback for servers that are started, and started again, later.
+
+    None that the system gives to whoever connects to somewhere, for one of those may be taken meanwhile; and none that
+    another process of these tests gives.
+    """
+    found: list[int] = []
+    candidates = _ports_for_servers()
+    while len(found) < count:
+        port = random.choice(candidates)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            if port not in found:
+                found.append(port)
+    return found
+
+
+@cache
+def _ports_for_servers() -> Sequence[int]:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = [port for port in range(10_000, 1 << 16) if not low <= port <= high] or range(10_000, 1 << 16)
+    return ports[worker % _MOST_WORKERS :: _MOST_WORKERS]
 
 
 class RedisProcess:

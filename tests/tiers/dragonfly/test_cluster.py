@@ -20,7 +20,6 @@ from tests.tiers.dragonfly.servers import (
     Cluster,
     client_of,
     cluster_lines,
-    eventually,
     free_ports,
     is_whole,
     redis_cluster,
@@ -28,6 +27,7 @@ from tests.tiers.dragonfly.servers import (
     tier_of,
 )
 from tests.tiers.keyed_conformance import chain, found_of, holds, keys_of, put, tree_of
+from tests.waiting import eventually
 
 TREE = tree_of()
 SHORT_S = 0.5

@@ -14,8 +14,9 @@ from kvpool.blocks.record import CODEC_NONE
 from kvpool.tiers.dragonfly import connections
 from kvpool.tiers.tier import TierBusyError, TierUnavailableError
 from tests.footprint import footprint, holds_no_more_than
-from tests.tiers.dragonfly.servers import eventually, tcp_server, tier_of
+from tests.tiers.dragonfly.servers import tcp_server, tier_of
 from tests.tiers.keyed_conformance import chain, found_of, keys_of, put, tree_of
+from tests.waiting import eventually
 
 TREE = tree_of()
 

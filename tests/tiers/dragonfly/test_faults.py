@@ -15,17 +15,9 @@ from kvpool.blocks.record import CODEC_NONE
 from kvpool.config.service import ServiceAddress
 from kvpool.tiers.dragonfly.tier import DragonflyTier
 from kvpool.tiers.tier import Moved, TierUnavailableError
-from tests.tiers.dragonfly.servers import (
-    PASSWORD,
-    Between,
-    RedisProcess,
-    client_of,
-    eventually,
-    tcp_server,
-    tier_at,
-    tier_of,
-)
+from tests.tiers.dragonfly.servers import PASSWORD, Between, RedisProcess, client_of, tcp_server, tier_at, tier_of
 from tests.tiers.keyed_conformance import chain, found_of, holds, keys_of, put, tree_of
+from tests.waiting import eventually
 
 SHORT_S = 0.3
 SLACK_S = 1.5
