@@ -15,17 +15,16 @@ Connection: TypeAlias = psycopg.Connection[Any]
 _TIERS = {tier.value: tier for tier in TierName}
 
 LOCATE = Statement("""
-    select key, tier, node, codec, nbytes, extract(epoch from since)::float8
-    from kvpool.locations where key = any(%(keys)b::bytea[]) order by key, since
+    select key, tier, node, codec, nbytes, date_part('epoch', since)
+    from kvpool.locations where key = any(%(keys)b::bytea[])
 """)
 
 LOCATE_ONE = Statement("""
-    select key, tier, node, codec, nbytes, extract(epoch from since)::float8
-    from kvpool.locations where key = %(key)b order by since
+    select key, tier, node, codec, nbytes, date_part('epoch', since) from kvpool.locations where key = %(key)b
 """)
 
 TRAIL = Statement("""
-    select wanted.key, last.tier, last.node, last.reason, extract(epoch from last.at)::float8
+    select wanted.key, last.tier, last.node, last.reason, date_part('epoch', last.at)
     from unnest(%(keys)b::bytea[]) wanted (key)
          cross join lateral (
              select tier, node, reason, at from kvpool.evictions e where e.key = wanted.key order by id desc limit 1
@@ -63,7 +62,14 @@ def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey
         rows = connection.execute(LOCATE, {"keys": list(keys)}, binary=True)
     for key, tier, node, codec, nbytes, since_s in rows.fetchall():
         found.setdefault(key, []).append(Location(_TIERS[tier], node, codec, nbytes, since_s))
+    for copies in found.values():
+        if len(copies) > 1:
+            copies.sort(key=_since)
     return found
+
+
+def _since(copy: Location) -> float:
+    return copy.since_s
 
 
 def trail(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, Eviction]:
