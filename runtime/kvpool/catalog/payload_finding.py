@@ -1,9 +1,6 @@
 """Asks PostgreSQL which records there are, and leaves the waiting for later: with libpq's own calls.
 
-psycopg's cursors wait where they send, and take longer for one row than the server does. What goes and comes is binary:
-
-    an array    dimensions: 1 (4), whether there are nulls: 0 (4), type (4), length (4), first index: 1 (4), elements
-    an element  length (4), bytes
+psycopg's cursors wait where they send, and take longer for one row than the server does. What goes and comes is binary.
 """
 
 import struct
@@ -17,9 +14,10 @@ from psycopg import pq
 from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
-from kvpool.blocks.identity import KEY_BYTES, BlockKey
+from kvpool.blocks.identity import BlockKey
 from kvpool.blocks.layout import PAGE_BYTES
 from kvpool.catalog import payload_statements as sql
+from kvpool.catalog.arrays import BYTEA_ARRAY, INT2_ARRAY, int2_array, key_array
 from kvpool.catalog.bounded_connection import BoundedConnection
 from kvpool.catalog.sessions import Sessions
 from kvpool.tiers.tier import Found
@@ -27,12 +25,7 @@ from kvpool.tiers.tier import Found
 _STATEMENT = sql.FIND.replace(b"%(keys)b", b"$1").replace(b"%(codecs)b", b"$2")
 _NAME = b"kvpool_find"
 _BINARY = 1
-_BYTEA, _INT2 = 17, 21
-_BYTEA_ARRAY, _INT2_ARRAY = 1001, 1005
-_TYPES, _FORMATS = (_BYTEA_ARRAY, _INT2_ARRAY), (_BINARY, _BINARY)
-_ARRAY = struct.Struct(">iiIii")
-_KEY_LENGTH = struct.pack(">i", KEY_BYTES)
-_CODEC = struct.Struct(">ih")
+_TYPES, _FORMATS = (BYTEA_ARRAY, INT2_ARRAY), (_BINARY, _BINARY)
 _INT2_VALUE, _INT4_VALUE = struct.Struct(">h"), struct.Struct(">i")
 
 
@@ -47,7 +40,7 @@ class RecordInquiry:
         self._borrowed = ExitStack()
         self._connection = self._borrowed.enter_context(sessions.borrow())
         with self._faults_end_it():
-            _send(self._connection, (_array(_BYTEA, _KEY_LENGTH, keys), _codec_array(codecs)))
+            _send(self._connection, (key_array(keys), int2_array(codecs)))
             self._connection.began_s = time.monotonic()
 
     def answer(self) -> list[Found | None]:
@@ -137,13 +130,3 @@ def _first(there: dict[tuple[bytes, int], int], key: BlockKey, codecs: Sequence[
         if nbytes is not None:
             return Found(key, codec, nbytes)
     return None
-
-
-def _array(element: int, length: bytes, values: Sequence[bytes]) -> bytes:
-    """An array of values that all have one length, which comes packed."""
-    return _ARRAY.pack(1, 0, element, len(values), 1) + b"".join([length + value for value in values])
-
-
-def _codec_array(codecs: Sequence[int]) -> bytes:
-    elements = b"".join(_CODEC.pack(_INT2_VALUE.size, codec) for codec in codecs)
-    return _ARRAY.pack(1, 0, _INT2, len(codecs), 1) + elements

@@ -14,6 +14,7 @@ from psycopg.rows import TupleRow
 
 from kvpool.blocks.identity import BlockKey, TreeId
 from kvpool.catalog import payload_statements as sql
+from kvpool.catalog.arrays import KeyArray
 from kvpool.catalog.bounded_connection import BoundedConnection
 from kvpool.tiers.tier import Found, Sealed
 
@@ -110,7 +111,7 @@ def _look(connection: BoundedConnection, whose: Mapping[str, object], keys: Sequ
     least = {"chunk_bytes": sql.CHUNK_BYTES, "least_dead_bytes": sql.LEAST_DEAD_BYTES}
     with connection.pipeline():
         answer = connection.cursor(binary=True).execute(sql.ROOM, {**whose, **least})
-        there = connection.cursor(binary=True).execute(sql.CHAIN, {"keys": list(keys)})
+        there = connection.cursor(binary=True).execute(sql.CHAIN, {"keys": KeyArray(keys)})
     row = answer.fetchone()
     assert row is not None
     room = _Room(*row)
@@ -150,7 +151,7 @@ def _write(
         (record, times[first + at]) for at, record in enumerate(batch) if record.codec not in chain.codecs[first + at]
     ]
     missing.sort(key=lambda pair: (pair[0].key, pair[0].codec))  # two writers of the same keys wait in one order
-    keys = [*ancestors, *(record.key for record in batch)]
+    keys = KeyArray((*ancestors, *(record.key for record in batch)))
     with connection.pipeline(), connection.transaction():
         inserts = [_insert(connection, whose, record, used_at) for record, used_at in missing]
         added = sum(nbytes for insert in inserts for (nbytes,) in insert)

@@ -18,6 +18,7 @@ import numpy as np
 from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.blocks.record import Buffer
 from kvpool.catalog import payload_statements as sql
+from kvpool.catalog.arrays import KeyArray
 from kvpool.catalog.bounded_connection import BoundedConnection
 from kvpool.catalog.connections import Connections
 from kvpool.catalog.migrations import Schema
@@ -133,7 +134,9 @@ class PayloadTier:
         """Remove records, if they are there."""
         if found:
             with self._connected() as connection:
-                connection.execute(sql.DROP, {"keys": [it.key for it in found], "codecs": [it.codec for it in found]})
+                connection.execute(
+                    sql.DROP, {"keys": KeyArray(it.key for it in found), "codecs": [it.codec for it in found]}
+                )
 
     def erase(self, tenant: TenantDigest, before_epoch: int) -> int:
         """Remove all of a tenant's records of earlier epochs; how many those were.
@@ -192,7 +195,7 @@ class PayloadTier:
         """Move the times of use of a whole chain, where one is older than `refresh_s` and the server takes writes."""
         if connection.is_read_only:
             return
-        parameters = {"keys": list(keys), "codecs": list(codecs)}
+        parameters = {"keys": KeyArray(keys), "codecs": list(codecs)}
         row = connection.execute(sql.STALE, {**parameters, "refresh": self._refresh}).fetchone()
         assert row is not None
         now, stale = row

@@ -7,6 +7,7 @@ from uuid import UUID
 import psycopg
 
 from kvpool.blocks.identity import BlockKey
+from kvpool.catalog.arrays import KeyArray
 from kvpool.catalog.statement import Statement
 from kvpool.tiers.tier import TierName
 
@@ -59,9 +60,13 @@ def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey
     if len(keys) == 1:
         rows = connection.execute(LOCATE_ONE, {"key": keys[0]}, binary=True)
     else:
-        rows = connection.execute(LOCATE, {"keys": list(keys)}, binary=True)
+        rows = connection.execute(LOCATE, {"keys": KeyArray(keys)}, binary=True)
     for key, tier, node, codec, nbytes, since_s in rows.fetchall():
-        found.setdefault(key, []).append(Location(_TIERS[tier], node, codec, nbytes, since_s))
+        copy = Location(_TIERS[tier], node, codec, nbytes, since_s)
+        if key in found:
+            found[key].append(copy)
+        else:
+            found[key] = [copy]
     for copies in found.values():
         if len(copies) > 1:
             copies.sort(key=_since)
@@ -74,5 +79,5 @@ def _since(copy: Location) -> float:
 
 def trail(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, Eviction]:
     """How a copy of each of these blocks went last; no entry where none did, or so long ago that it is forgotten."""
-    rows = connection.execute(TRAIL, {"keys": list(keys)}, binary=True).fetchall()
+    rows = connection.execute(TRAIL, {"keys": KeyArray(keys)}, binary=True).fetchall()
     return {key: Eviction(_TIERS[tier], node, reason, at_s) for key, tier, node, reason, at_s in rows}
