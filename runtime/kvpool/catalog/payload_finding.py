@@ -6,8 +6,9 @@ psycopg's cursors wait where they send, and take longer for one row than the ser
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import psycopg
 from psycopg import pq
@@ -37,34 +38,42 @@ class RecordInquiry:
 
     def __init__(self, sessions: Sessions, keys: Sequence[BlockKey], codecs: Sequence[int]) -> None:
         self._keys, self._codecs = keys, codecs
-        self._borrowed = ExitStack()
-        self._connection = self._borrowed.enter_context(sessions.borrow())
-        with self._faults_end_it():
+        self._lent: AbstractContextManager[BoundedConnection] | None = sessions.borrow()
+        self._connection = self._lent.__enter__()
+        try:
             _send(self._connection, (key_array(keys), int2_array(codecs)))
             self._connection.began_s = time.monotonic()
+        except BaseException:
+            self._give_back(*sys.exc_info())
+            raise
 
     def answer(self) -> list[Found | None]:
         """As `Inquiry` says."""
-        with self._faults_end_it():
+        try:
             there = _rows(self._connection.wait(_result(self._connection.pgconn)))
             self._connection.began_s = None  # where nothing had to be waited for, it is still set
-        self._borrowed.close()
+        except BaseException:
+            self._give_back(*sys.exc_info())
+            raise
+        self._give_back()
         if not there:
             return [None] * len(self._keys)
         return [_first(there, key, self._codecs) for key in self._keys]
 
     def close(self) -> None:
         """As `Inquiry` says. A connection whose answer has not been read is closed."""
-        self._borrowed.close()
+        self._give_back()
 
-    @contextmanager
-    def _faults_end_it(self) -> Iterator[None]:
-        """What the block raises is raised where the connection is borrowed, which closes it."""
-        try:
-            yield
-        except BaseException:
-            self._borrowed.__exit__(*sys.exc_info())
-            raise
+    def _give_back(
+        self,
+        kind: type[BaseException] | None = None,
+        fault: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        """Give the connection back, once. A fault is raised where it was borrowed, which closes it."""
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            lent.__exit__(kind, fault, traceback)
 
 
 def _send(connection: BoundedConnection, parameters: tuple[bytes, bytes]) -> None:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from kvpool.pool.events import EventBus, Form
 from kvpool.pool.memory import Memory
 from kvpool.pool.ram_encoder import RamEncoder
 from kvpool.pool.remote.claims import Claims
-from kvpool.pool.remote.store import RemoteStore
+from kvpool.pool.remote.store import Question, RemoteStore
 from kvpool.pool.results import LeaseState
 from kvpool.prefix.index import BATCH_BLOCKS, Pin, PrefixIndex
 from kvpool.prefix.node import RAM
@@ -237,11 +236,14 @@ class Lookup:
     ) -> dict[RemoteStore, list[Found | None]]:
         """What each store has, all asked at once: the slower ones first, whose servers take longer."""
         tree_id, raw_bytes = self._prompt.tree.id, self._prompt.layout.record_bytes
-        with ExitStack() as asked:
-            questions = {
-                store: asked.enter_context(closing(store.inquire(tree_id, keys, codecs))) for store in reversed(stores)
-            }
+        questions: dict[RemoteStore, Question] = {}
+        try:
+            for store in reversed(stores):
+                questions[store] = store.inquire(tree_id, keys, codecs)
             answers = {store: questions[store].answer() for store in stores}
+        finally:
+            for question in questions.values():
+                question.close()
         return {
             store: [found if found and _may_fit(found, raw_bytes) else None for found in answer]
             for store, answer in answers.items()

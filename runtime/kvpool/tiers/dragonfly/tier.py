@@ -10,8 +10,8 @@ closes its connection before it returns. Limits: `connections` to each server; `
 records, of a call are in flight at once. Names of hosts are looked up by the system, which has time limits of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import TypeGuard
 
@@ -73,7 +73,7 @@ class DragonflyTier:
         self._know(codecs)
         names = Names(tree)
         questions = [commands.length_of(name) for name in names.of_all(keys, codecs)]
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             return _Lengths(self._servers.begin(questions, self._patience(), self.batch_size), keys, codecs)
 
     def get(self, tree: TreeId, wanted: Sequence[Found], into: Sequence[Buffer]) -> Moved:
@@ -129,17 +129,17 @@ class DragonflyTier:
 
     def epoch_hint(self, tenant: TenantDigest) -> int | None:
         """The highest epoch that anybody noted here for a tenant; None: not known. Raises `TierUnavailableError`."""
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             return highest_epoch(self._servers, tenant, self._patience())
 
     def note_epoch(self, tenant: TenantDigest, epoch: int) -> None:
         """Note a tenant's epoch, for 30 days; a lower one changes nothing. Raises `TierUnavailableError`."""
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             note_epoch(self._servers, tenant, epoch, self._patience())
 
     def info(self) -> ServerInfo:
         """What the server says of itself; memory is that of all nodes together. Raises `TierUnavailableError`."""
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             return info_of_all(self._servers, self._patience())
 
     def usage(self) -> Usage:
@@ -189,7 +189,7 @@ class DragonflyTier:
         return answers
 
     def _answers(self, requests: list[Command], patience: Patience) -> Answers:
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             return self._servers.ask(requests, patience, self.batch_size)
 
     def _keeps(self, kept: Sequence[bytes]) -> list[Command]:
@@ -198,7 +198,7 @@ class DragonflyTier:
         return [keep(name, ttl_ms) for name in reversed(kept)]
 
     def _sweep(self, pattern: bytes, is_doomed: Callable[[Parts], bool]) -> int:
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             return sweep(self._servers, pattern, is_doomed, self._patience, self.batch_size)
 
 
@@ -210,7 +210,7 @@ class _Lengths:
 
     def answer(self) -> list[Found | None]:
         """As `Inquiry` says."""
-        with _faults_are_outages():
+        with _FAULTS_ARE_OUTAGES:
             answers = self._call.answers()
         _check(answers)
         if not any(answers.each):
@@ -289,11 +289,16 @@ def _moved(done: list[bool], answers: Answers) -> Moved:
     return Moved(done, answers.fault or _refusal(answers))
 
 
-@contextmanager
-def _faults_are_outages() -> Iterator[None]:
-    try:
-        yield
-    except BusyError as fault:
-        raise TierBusyError(TierName.DRAGONFLY, str(fault)) from None
-    except FaultError as fault:
-        raise TierUnavailableError(TierName.DRAGONFLY, str(fault)) from None
+class _FaultsAreOutages:
+    """A context in which they are. One serves all, since to make one for each call takes longer than to enter it."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, fault: BaseException | None, traceback: object) -> None:
+        if isinstance(fault, BusyError):
+            raise TierBusyError(TierName.DRAGONFLY, str(fault)) from None
+        if isinstance(fault, FaultError):
+            raise TierUnavailableError(TierName.DRAGONFLY, str(fault)) from None
+
+
+_FAULTS_ARE_OUTAGES = _FaultsAreOutages()
