@@ -29,7 +29,10 @@ class Dtype(StrEnum):
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2}.get(self, 1)
+        return _LONGER_ITEMS.get(self, 1)
+
+
+_LONGER_ITEMS = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2, Dtype.BFLOAT16: 2}
 
 
 class Plane(NamedTuple):
