@@ -154,7 +154,10 @@ class _Again:
             yield slice(first, first + layout.block_tokens), payload
 
     def _forward(self, tokens: Tensor, cache: Any) -> int:
-        logits = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        from kvpool.adapters.transformers.geometry import cache_argument
+
+        known = {cache_argument(self._model.forward): cache}
+        logits = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **known).logits
         return int(logits[0, -1].argmax())
 
     def _opened(self, machine: Machine) -> GpuTier:
