@@ -45,8 +45,7 @@ class Shard:
     def create(cls, directory: Path) -> Self:
         """An empty one, in a directory that is there."""
         engine = qdrant.EdgeShard.create(str(directory), _config())
-        for name, index in _INDEXES.items():
-            engine.update(qdrant.UpdateOperation.create_field_index(name, index))
+        _index(engine)
         engine.flush()
         return cls(engine)
 
@@ -54,9 +53,7 @@ class Shard:
     def load(cls, directory: Path) -> Self:
         """The one that is there; what was written to its log since the last flush is applied."""
         engine = qdrant.EdgeShard.load(str(directory), _config())
-        tree = engine.info().payload_schema.get(TREE)
-        if tree is None or tree.data_type != qdrant.PayloadSchemaType.Uuid:  # made before it was that
-            engine.update(qdrant.UpdateOperation.create_field_index(TREE, _INDEXES[TREE]))
+        _index(engine)
         return cls(engine)
 
     def upsert(self, points: Iterable[Stored]) -> None:
@@ -130,6 +127,14 @@ class Shard:
         if number:
             self._engine.update(qdrant.UpdateOperation.delete_points_by_filter(matching))
         return number
+
+
+def _index(engine: qdrant.EdgeShard) -> None:
+    """Index what is not, or was by an earlier version of this program in another way."""
+    there = engine.info().payload_schema
+    for name, index in _INDEXES.items():
+        if name not in there or type(there[name].params) is not type(index):
+            engine.update(qdrant.UpdateOperation.create_field_index(name, index))
 
 
 def _config() -> qdrant.EdgeConfig:
