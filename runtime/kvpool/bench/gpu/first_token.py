@@ -95,7 +95,10 @@ class _Again:
     def __init__(self, machine: Machine, model: Any, prompt: Tensor, dtype: Dtype, block_tokens: int) -> None:
         from transformers import DynamicCache
 
+        from kvpool.adapters.transformers.geometry import cache_argument
+
         self._model = model
+        self._cache_argument = cache_argument(model.forward)
         self._prompt = prompt
         self._memory: Any = DynamicCache(config=model.config)
         self._forward(prompt, self._memory)
@@ -154,10 +157,8 @@ class _Again:
             yield slice(first, first + layout.block_tokens), payload
 
     def _forward(self, tokens: Tensor, cache: Any) -> int:
-        from kvpool.adapters.transformers.geometry import cache_argument
-
-        known = {cache_argument(self._model.forward): cache}
-        logits = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **known).logits
+        cached = {self._cache_argument: cache}
+        logits = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cached).logits
         return int(logits[0, -1].argmax())
 
     def _opened(self, machine: Machine) -> GpuTier:
