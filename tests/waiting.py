@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-DEADLINE_S = 60.0
+DEADLINE_S = 20.0
+PROCESS_S = 60.0
+"""For what takes processes to start, or to end."""
 _POLL_S = 0.005
 
 

@@ -21,7 +21,7 @@ from kvpool.tiers.tier import TierName
 from tests.bench.test_rows import KEYS
 from tests.cli.command import kvpool, started
 from tests.local.servers import runs
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 PAYLOAD_BYTES = 16 * KIB
 RECORD_BYTES = layout_of(PAYLOAD_BYTES).record_bytes
@@ -97,13 +97,13 @@ def test_a_benchmark_prints_rows_of_the_documented_form_and_removes_its_files(tm
 
 def test_terminating_it_ends_its_servers_and_leaves_no_files(tmp_path: Path) -> None:
     running = started("bench", "waterfall", "--only", "chat", "--quick", "--directory", tmp_path, "--json")
-    eventually(lambda: bool(server_pids(tmp_path)))
+    eventually(lambda: bool(server_pids(tmp_path)), deadline_s=PROCESS_S)
     pids = server_pids(tmp_path)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=60)
     assert running.returncode == ExitCode.TERMINATED
     assert list(tmp_path.iterdir()) == []
-    eventually(lambda: not any(map(runs, pids)))
+    eventually(lambda: not any(map(runs, pids)), deadline_s=PROCESS_S)
 
 
 def server_pids(directory: Path) -> list[int]:

@@ -19,7 +19,7 @@ from kvpool.catalog.payloads import ALL_MODELS, PayloadTier
 from kvpool.tiers.tier import Found, Sealed
 from tests.catalog.connecting import DEADLINE_S, bare, connections_to
 from tests.tiers.conformance import Bytes, record_of
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 MIB = 1 << 20
 RECORD_BYTES = 16 << 10
@@ -101,7 +101,7 @@ class Database:
     def wait_for_others(self) -> None:
         """Wait until the server does nothing for anybody else."""
         busy = "select from pg_stat_activity where state like 'active%' and pid <> pg_backend_pid()"
-        eventually(lambda: self.sql(busy) == [])
+        eventually(lambda: self.sql(busy) == [], deadline_s=PROCESS_S)
 
     def check(self) -> None:
         """Fail unless the counters are what the records are, and the limits hold."""

@@ -17,7 +17,7 @@ from kvpool.tiers.tier import TierUnavailableError
 from tests.catalog.connecting import DEADLINE_S, SLACK_S, Stopwatch, bare, frozen
 from tests.catalog.payload_pool import OTHER_TENANT, TENANT, Database, database_of
 from tests.local.servers import postgres_server
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 NODE, OTHER_NODE, OLD_NODE = UUID(int=1), UUID(int=2), UUID(int=3)
 
@@ -115,7 +115,10 @@ def test_a_change_that_is_not_committed_yet_hides_no_later_one(database: Databas
         with slow.transaction():
             slow.execute("select kvpool.raise_epoch(%b, 1)", (TENANT,))
             quick = threads.submit(authority.raise_epoch, OTHER_TENANT, 1)
-            eventually(lambda: database.sql("select from pg_locks where locktype = 'advisory' and not granted") != [])
+            eventually(
+                lambda: database.sql("select from pg_locks where locktype = 'advisory' and not granted") != [],
+                deadline_s=PROCESS_S,
+            )
             assert authority.changes_since(0) == Changes([], 0)
         quick.result(DEADLINE_S)
     assert [tenant for tenant, _ in authority.changes_since(0).epochs] == [TENANT, OTHER_TENANT]

@@ -29,7 +29,7 @@ from tests.catalog.connecting import (
 from tests.catalog.tls_front import TlsFront, tls_front
 from tests.footprint import footprint, holds_no_more_than
 from tests.local.servers import Server, postgres_server
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 BUDGET_S = 0.3
 
@@ -381,7 +381,7 @@ def test_a_silent_name_server_costs_the_budget_and_one_thread(monkeypatch: pytes
     assert threading.active_count() == threads + 1
     answers.set()
     assert lookup.addresses("database", DEADLINE_S) == ["127.0.0.1"]
-    eventually(lambda: threading.active_count() == threads)
+    eventually(lambda: threading.active_count() == threads, deadline_s=PROCESS_S)
 
 
 @pytest.fixture(scope="module")

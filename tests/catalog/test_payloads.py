@@ -44,7 +44,7 @@ from tests.catalog.payload_pool import (
 )
 from tests.local.servers import postgres_server
 from tests.tiers.conformance import record_of
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 BUDGET_S = 0.3
 
@@ -338,7 +338,7 @@ def test_the_schema_may_take_longer_than_the_budget(database: Database) -> None:
             other.execute("select pg_advisory_xact_lock(%s)", (migrations._LOCK,))
             using = threads.submit(tier.usage)
             waiting = "select from pg_locks where locktype = 'advisory' and not granted and now() - waitstart > %s"
-            eventually(lambda: database.sql(waiting, timedelta(seconds=2 * BUDGET_S)) != [])
+            eventually(lambda: database.sql(waiting, timedelta(seconds=2 * BUDGET_S)) != [], deadline_s=PROCESS_S)
         assert using.result(DEADLINE_S).used_bytes == 0
 
 
@@ -402,7 +402,7 @@ def test_erasing_leaves_nothing_of_writers_that_race_it(database: Database) -> N
         writers = [threads.submit(write, seed) for seed in range(3)]
         try:
             for _ in range(8):
-                eventually(lambda: database.held() != set())
+                eventually(lambda: database.held() != set(), deadline_s=PROCESS_S)
                 raised = authority.raise_epoch(TENANT, epoch + 1).epoch
                 eraser.erase(TENANT, raised)
                 assert database.sql("select from kvpool.payloads where epoch < %s", raised) == []
@@ -421,7 +421,10 @@ def test_a_writer_that_is_about_to_commit_is_waited_for(database: Database) -> N
         with writer.transaction():
             writer.execute("select kvpool.check_epoch(%b, 3)", (TENANT,))
             raising = threads.submit(authority.raise_epoch, TENANT, 4)
-            eventually(lambda: database.sql("select from pg_locks where locktype = 'advisory' and not granted") != [])
+            eventually(
+                lambda: database.sql("select from pg_locks where locktype = 'advisory' and not granted") != [],
+                deadline_s=PROCESS_S,
+            )
             assert not raising.done()
         assert raising.result(DEADLINE_S).epoch == 4
 
@@ -579,7 +582,7 @@ def test_concurrent_writers_never_deadlock_and_the_counters_stay_right(database:
     with ThreadPoolExecutor(6) as threads:
         workers = [threads.submit(traffic.work, seed, may_fail=False) for seed in range(6)]
         try:
-            eventually(lambda: traffic.done > 400 or any(worker.done() for worker in workers))
+            eventually(lambda: traffic.done > 400 or any(worker.done() for worker in workers), deadline_s=PROCESS_S)
         finally:
             traffic.stop.set()
         for worker in workers:
@@ -597,7 +600,7 @@ def test_the_counters_are_right_after_the_server_was_killed_again_and_again(tmp_
             try:
                 for _ in range(3):
                     reached = traffic.done + 40
-                    eventually(lambda reached=reached: traffic.done > reached)  # type: ignore[misc]
+                    eventually(lambda reached=reached: traffic.done > reached, deadline_s=PROCESS_S)  # type: ignore[misc]
                     kill(server)
                     server.start()
                     database.check()
@@ -630,7 +633,10 @@ def test_the_counters_are_right_after_writers_were_killed(database: Database) ->
         for writer in writers:
             writer.start()
         enough = before + 3_000_000
-        eventually(lambda writers=writers, enough=enough: _goes_on(writers) and database.sql(written) > [(enough,)])  # type: ignore[misc]
+        eventually(
+            lambda writers=writers, enough=enough: _goes_on(writers) and database.sql(written) > [(enough,)],  # type: ignore[misc]
+            deadline_s=PROCESS_S,
+        )
         for writer in writers:
             writer.kill()
             writer.join()
@@ -681,7 +687,8 @@ def test_a_stopped_server_costs_a_call_its_budget(tmp_path: Path) -> None:
         eventually(
             lambda: (
                 database.sql("select from pg_stat_activity where state = 'active' and pid <> pg_backend_pid()") == []
-            )
+            ),
+            deadline_s=PROCESS_S,
         )
         assert holds(tier, 2)
         database.check()
@@ -734,7 +741,8 @@ def test_a_lock_that_somebody_holds_costs_the_budget_and_harms_no_counter(databa
     eventually(
         lambda: (
             database.sql("select from pg_stat_activity where state like 'active%%' and pid <> pg_backend_pid()") == []
-        )
+        ),
+        deadline_s=PROCESS_S,
     )
     database.check()
     assert tier.put(TREE, [sealed(2), sealed(3)], []).done == [True, True]

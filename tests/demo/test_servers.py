@@ -13,7 +13,7 @@ from kvpool.config import RuntimeConfig
 from kvpool.demo.servers import How, NotBackError, Process, Servers, left_running, read_processes
 from kvpool.pool.pool import Pool
 from tests.local.servers import runs
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 MIB = 1 << 20
 SLEEP = "import time; time.sleep(600)"
@@ -68,7 +68,7 @@ def test_a_killed_server_is_another_process_afterwards_and_both_are_noted(pool: 
     server = servers.running("dragonfly")
     assert server is not None
     with servers.out(server, How.KILLED, "acme 1.1"):
-        eventually(lambda: not runs(server.pid))
+        eventually(lambda: not runs(server.pid), deadline_s=PROCESS_S)
     again = servers.running("dragonfly")
     assert again is not None
     assert again.pid != server.pid
@@ -98,7 +98,7 @@ def test_what_a_server_has_started_is_halted_with_it(tmp_path: Path, pool: Pool)
         server = pool.local_servers()[0]._replace(pid=parent.pid)
         with Servers(pool, tmp_path / "processes").out(server, How.STOPPED, "acme 1.1"):
             assert [state_of(parent.pid), state_of(child)] == ["T", "T"]
-        eventually(lambda: state_of(parent.pid) == state_of(child) == "S")
+        eventually(lambda: state_of(parent.pid) == state_of(child) == "S", deadline_s=PROCESS_S)
         os.kill(child, signal.SIGKILL)
 
 

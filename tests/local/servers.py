@@ -23,7 +23,7 @@ import pytest
 from psycopg import sql
 
 from kvpool.local import LocalServer, local_postgres, local_redis
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 DEADLINE_S = 60.0
 
@@ -55,7 +55,7 @@ class Server:
     def kill(self) -> None:
         """SIGKILL, and wait for its end. Of Redis only what it has saved is there afterwards."""
         os.kill(self.pid, signal.SIGKILL)
-        eventually(lambda: not self.alive)
+        eventually(lambda: not self.alive, deadline_s=PROCESS_S)
 
     def freeze(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)

@@ -18,7 +18,7 @@ from tests.local.clients import read, write
 from tests.local.conftest import DRAGONFLY, POSTGRES, Servers
 from tests.local.owning import NAMELESS, NOBODY, as_user, needs_namespaces, owner, without_namespaces
 from tests.local.servers import runs
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 NAMES = pytest.mark.parametrize("name", [DRAGONFLY, POSTGRES])
 
@@ -66,7 +66,7 @@ def test_servers_of_a_process_that_ends_without_a_word_stop(name: str, tmp_path:
     with owner(tmp_path, name) as owning:
         below = family(owning.hear()[name])
         owning.tell("exit")
-        eventually(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below), deadline_s=PROCESS_S)
         assert owning.process.wait() == 0
 
 
@@ -85,7 +85,7 @@ def test_a_fork_of_a_process_that_is_killed_does_not_keep_its_servers(name: str,
         below = family(owning.hear()[name])
         forked = owning.fork()
         owning.kill()
-        eventually(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below), deadline_s=PROCESS_S)
         assert runs(forked)
 
 
@@ -106,7 +106,7 @@ def test_a_frozen_server_of_a_process_that_is_killed_stops(name: str, tmp_path: 
         below = family(pid)
         os.kill(pid, signal.SIGSTOP)
         owning.kill()
-        eventually(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below), deadline_s=PROCESS_S)
 
 
 @NAMES
@@ -117,7 +117,7 @@ def test_sockets_among_the_temporary_files_go_with_a_process_that_is_killed(name
         sockets = (directory / name / "run").readlink()
         assert any(sockets.iterdir())
         owning.kill()
-        eventually(lambda: not any(runs(pid) for pid in below))
+        eventually(lambda: not any(runs(pid) for pid in below), deadline_s=PROCESS_S)
         assert not sockets.exists()
 
 

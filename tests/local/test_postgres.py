@@ -16,7 +16,7 @@ from kvpool.local.log_file import LIMIT_BYTES
 from kvpool.local.programs import find_postgres
 from tests.local.clients import postgres_client, read, write
 from tests.local.conftest import POSTGRES, Servers
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 
 def test_what_was_committed_survives_that_the_server_is_killed(servers: Servers, tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_what_was_committed_survives_that_the_server_is_killed(servers: Servers,
         pid = server.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not server.alive)
+    eventually(lambda: not server.alive, deadline_s=PROCESS_S)
     server.start()
     with postgres_client(server.folder) as connection:
         assert connection.execute("SELECT count(*) FROM numbers").fetchone() == (100,)

@@ -14,7 +14,7 @@ from kvpool.local.programs import Product, Program
 from kvpool.local.redis import RedisRecipe
 from tests.local.clients import read, redis_client, write
 from tests.local.conftest import DRAGONFLY, Servers
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 MIB = 1 << 20
 
@@ -41,7 +41,7 @@ def test_what_was_not_saved_when_the_server_was_killed_is_gone_and_it_serves_aga
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not server.alive)
+    eventually(lambda: not server.alive, deadline_s=PROCESS_S)
     server.start()
     assert read(DRAGONFLY, server.folder) is None
 

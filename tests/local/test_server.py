@@ -20,7 +20,7 @@ from tests.footprint import footprint, holds_no_more_than
 from tests.local.clients import read, write
 from tests.local.conftest import DRAGONFLY, POSTGRES, Servers
 from tests.local.servers import runs
-from tests.waiting import eventually
+from tests.waiting import PROCESS_S, eventually
 
 NAMES = pytest.mark.parametrize("name", [DRAGONFLY, POSTGRES])
 
@@ -96,12 +96,12 @@ def test_a_server_that_was_killed_is_noticed_and_can_be_started_again(
     assert pid is not None
     below = tree_of(server)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not server.alive)
+    eventually(lambda: not server.alive, deadline_s=PROCESS_S)
     server.restart()
     assert server.pid != pid
     assert read(name, server.folder) == "kept"
     assert (server.folder / "url").read_text() == url
-    eventually(lambda: not any(runs(old) for old in below))
+    eventually(lambda: not any(runs(old) for old in below), deadline_s=PROCESS_S)
 
 
 @NAMES
@@ -124,7 +124,7 @@ def test_a_server_whose_guard_is_killed_stops_and_saves_its_data(name: str, serv
     pid = server.pid
     assert pid is not None
     guard_of(server).kill()
-    eventually(lambda: not server.alive)
+    eventually(lambda: not server.alive, deadline_s=PROCESS_S)
     server.restart()  # waits for the old one, which may still be saving
     assert not runs(pid)
     assert read(name, server.folder) == "kept"

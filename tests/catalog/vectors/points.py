@@ -12,6 +12,9 @@ from kvpool.blocks.identity import BlockKey, Fingerprint, TenantDigest, TreeId
 from kvpool.catalog.embedding import DIMENSIONS, Vector
 from kvpool.catalog.vectors.contract import Point, point_id
 
+VECTORS_S = 30.0
+"""For a process that keeps vectors to start, to end, or to build its graph."""
+
 
 def tree_of(model: int = 0, tenant: int = 0, epoch: int = 0) -> TreeId:
     return TreeId(Fingerprint(bytes([model]) * 32), TenantDigest(bytes([tenant]) * 16), epoch)

@@ -21,7 +21,7 @@ from kvpool.catalog.vectors.embedded import EmbeddedVectors
 from kvpool.catalog.vectors.layout import NAME
 from kvpool.catalog.vectors.layout import TREE as TREE_FIELD
 from kvpool.errors import DirectoryInUseError
-from tests.catalog.vectors.points import TREE, leaf_of, near, point, points, tree_of, vector_of
+from tests.catalog.vectors.points import TREE, VECTORS_S, leaf_of, near, point, points, tree_of, vector_of
 from tests.footprint import footprint, holds_no_more_than
 from tests.waiting import eventually
 
@@ -74,10 +74,10 @@ def test_what_was_acknowledged_survives_kill_9_of_the_process_that_has_it(vector
 
     thread = threading.Thread(target=add)
     thread.start()
-    eventually(lambda: len(acknowledged) >= 30)
+    eventually(lambda: len(acknowledged) >= 30, deadline_s=VECTORS_S)
     os.kill(pid_of(vectors), signal.SIGKILL)
     thread.join()
-    eventually(lambda: is_back(vectors))
+    eventually(lambda: is_back(vectors), deadline_s=VECTORS_S)
     assert 10 * len(acknowledged) <= vectors.count() <= 10 * len(acknowledged) + 10
     for number in acknowledged[:: max(1, len(acknowledged) // 20)]:
         assert found(vectors, number)
@@ -123,7 +123,7 @@ def test_a_process_that_stands_still_costs_a_search_its_deadline_and_then_answer
             vectors.search(vector_of(7), TREE, deadline_s=0.05)
         assert time.monotonic() - began_s < 0.5
     os.kill(pid_of(vectors), signal.SIGCONT)
-    eventually(lambda: is_back(vectors))
+    eventually(lambda: is_back(vectors), deadline_s=VECTORS_S)
     assert all(found(vectors, number) for number in range(50)), "late answers are passed over"
 
 
@@ -136,7 +136,7 @@ def test_an_update_that_cannot_be_sent_costs_its_budget_and_the_process_is_repla
         with pytest.raises(VectorsUnavailableError):
             vectors.upsert(points(range(50, 1_000)))
         assert time.monotonic() - began_s < 3
-        eventually(lambda: is_back(vectors))
+        eventually(lambda: is_back(vectors), deadline_s=VECTORS_S)
         assert not psutil.pid_exists(stopped)
         assert found(vectors, 49)
 
@@ -151,7 +151,7 @@ def test_a_disk_that_takes_no_more_costs_what_is_new_and_nothing_else(vectors: E
 
     with pytest.raises(VectorsUnavailableError):
         fill()
-    eventually(lambda: is_back(vectors))
+    eventually(lambda: is_back(vectors), deadline_s=VECTORS_S)
     vectors.upsert(points(range(100, 110)))
     assert found(vectors, 42)
     assert found(vectors, 105)
@@ -236,7 +236,7 @@ def test_points_that_cannot_be_opened_are_set_aside_and_that_is_told(
 def test_a_graph_is_built_while_searches_and_changes_go_on(tmp_path: Path) -> None:
     with closing(EmbeddedVectors(tmp_path, index_after=3_000)) as vectors:
         vectors.upsert(points(range(3_000)))
-        eventually(lambda: builders(vectors))
+        eventually(lambda: builders(vectors), deadline_s=VECTORS_S)
         vectors.upsert(points(range(50), tree_of(tenant=1)))
         assert vectors.erase(tree_of(tenant=1).tenant, 1) == 50
         later = 3_000
@@ -247,7 +247,7 @@ def test_a_graph_is_built_while_searches_and_changes_go_on(tmp_path: Path) -> No
                 later += 5
         assert vectors.count() == later
         assert vectors.erase(tree_of(tenant=1).tenant, 1) == 0
-        eventually(lambda: not builders(vectors))
+        eventually(lambda: not builders(vectors), deadline_s=VECTORS_S)
         for number in (0, 2_999, 3_000, later - 1):
             assert found(vectors, number)
         assert [path.name for path in (tmp_path / NAME).glob("points-*")] == ["points-2"]
@@ -257,7 +257,7 @@ def test_neighbours_are_found_in_the_graph(tmp_path: Path) -> None:
     with closing(EmbeddedVectors(tmp_path, index_after=3_000)) as vectors:
         centres = [vector_of(10_000 + centre) for centre in range(300)]
         vectors.upsert([point(number, vector=near(centres[number % 300], number, 0.5)) for number in range(3_000)])
-        eventually(lambda: vectors.outside_graph() == 0)
+        eventually(lambda: vectors.outside_graph() == 0, deadline_s=VECTORS_S)
         right = 0
         for centre in range(0, 300, 10):
             hits = vectors.search(centres[centre], TREE, 10, deadline_s=SEARCH_S)
@@ -268,12 +268,12 @@ def test_neighbours_are_found_in_the_graph(tmp_path: Path) -> None:
 def test_a_build_that_is_killed_is_told_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with closing(EmbeddedVectors(tmp_path, index_after=1_500)) as vectors:
         vectors.upsert(points(range(1_500)))
-        eventually(lambda: builders(vectors))
+        eventually(lambda: builders(vectors), deadline_s=VECTORS_S)
         for builder in builders(vectors):
             builder.kill()
-        eventually(lambda: not builders(vectors))
+        eventually(lambda: not builders(vectors), deadline_s=VECTORS_S)
         vectors.upsert(points(range(1_500, 3_100)))
-        eventually(lambda: vectors.outside_graph() < 1_500)
+        eventually(lambda: vectors.outside_graph() < 1_500, deadline_s=VECTORS_S)
         assert "the graph was not built" in caplog.text
         assert vectors.count() == 3_100
 
@@ -281,13 +281,13 @@ def test_a_build_that_is_killed_is_told_and_tried_again(tmp_path: Path, caplog: 
 def test_a_build_ends_with_the_process_that_began_it_and_what_it_left_is_removed(tmp_path: Path) -> None:
     with closing(EmbeddedVectors(tmp_path, index_after=2_000)) as vectors:
         vectors.upsert(points(range(2_000)))
-        eventually(lambda: builders(vectors))
+        eventually(lambda: builders(vectors), deadline_s=VECTORS_S)
         (builder,) = builders(vectors)
         os.kill(pid_of(vectors), signal.SIGKILL)
-        eventually(lambda: not builder.is_running() or builder.status() == psutil.STATUS_ZOMBIE)
-        eventually(lambda: is_back(vectors))
+        eventually(lambda: not builder.is_running() or builder.status() == psutil.STATUS_ZOMBIE, deadline_s=VECTORS_S)
+        eventually(lambda: is_back(vectors), deadline_s=VECTORS_S)
         assert vectors.count() == 2_000
-        eventually(lambda: vectors.outside_graph() == 0)
+        eventually(lambda: vectors.outside_graph() == 0, deadline_s=VECTORS_S)
 
 
 def test_closing_leaves_no_process_and_no_descriptor(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kvpool.catalog.vectors.remote import RemoteVectors
 from kvpool.catalog.vectors.session import SCHEMES
 from kvpool.config.service import read_service
 from kvpool.resilience import BreakerState
-from tests.catalog.vectors.points import TREE, tree_of
+from tests.catalog.vectors.points import TREE, VECTORS_S, tree_of
 from tests.catalog.vectors.qdrant_server import QdrantServer, qdrant_server, service_folder
 from tests.waiting import eventually
 
@@ -131,9 +131,9 @@ def test_a_prompt_that_nobody_follows_is_stored_after_a_while(vectors: PromptVec
     now_s = 1_000.0
     with closing(SemanticPredictor(vectors, clock=lambda: now_s)) as predictor:
         observe(predictor, text(1, 128))
-        eventually(lambda: predictor.stats().waiting == 1)
+        eventually(lambda: predictor.stats().waiting == 1, deadline_s=VECTORS_S)
         now_s += 61
-        eventually(lambda: predictor.stats().stored == 1)
+        eventually(lambda: predictor.stats().stored == 1, deadline_s=VECTORS_S)
 
 
 def test_another_encoder_can_be_plugged_in(vectors: PromptVectors) -> None:
@@ -157,7 +157,7 @@ def test_an_encoder_that_raises_costs_its_prompts_and_nothing_else(
 ) -> None:
     with closing(SemanticPredictor(vectors)) as predictor:
         predictor.observe(b"123", TREE, leaf_of(text(1, 128)), 2)
-        eventually(lambda: predictor.stats().dropped == 1)
+        eventually(lambda: predictor.stats().dropped == 1, deadline_s=VECTORS_S)
         observe(predictor, text(2, 128))
         assert predictor.flush(FLUSH_S)
         assert "could not be remembered" in caplog.text
@@ -202,7 +202,7 @@ def test_a_store_that_hangs_costs_one_deadline_and_then_nothing(
     assert remote.similar(text(1, 128), TREE, deadline_s=0.1) == []
     assert state_of(remote) is BreakerState.OPEN
     server.go_on.set()
-    eventually(lambda: remote.similar(text(1, 128), TREE, deadline_s=SEARCH_S))
+    eventually(lambda: remote.similar(text(1, 128), TREE, deadline_s=SEARCH_S), deadline_s=VECTORS_S)
     assert state_of(remote) is BreakerState.CLOSED
     assert remote.stats().failed >= 1
 

@@ -23,7 +23,7 @@ from kvpool.catalog.vectors.layout import TREE as TREE_FIELD
 from kvpool.catalog.vectors.remote import RemoteVectors
 from kvpool.catalog.vectors.session import SCHEMES
 from kvpool.config.service import read_service
-from tests.catalog.vectors.points import TREE, leaf_of, point, vector_of
+from tests.catalog.vectors.points import TREE, VECTORS_S, leaf_of, point, vector_of
 from tests.catalog.vectors.qdrant_server import QdrantServer, qdrant_server, service_folder
 from tests.footprint import footprint, holds_no_more_than
 from tests.waiting import eventually
@@ -188,8 +188,8 @@ def test_a_server_that_comes_back_is_used_again(tmp_path: Path) -> None:
         first.stop()
         with qdrant_server() as second:
             service_folder(tmp_path / "one", second.port)
-            eventually(lambda: succeeded(lambda: vectors.upsert([point(7)])))
-            eventually(lambda: succeeded(lambda: search(vectors)))
+            eventually(lambda: succeeded(lambda: vectors.upsert([point(7)])), deadline_s=VECTORS_S)
+            eventually(lambda: succeeded(lambda: search(vectors)), deadline_s=VECTORS_S)
             assert search(vectors) == [leaf_of(7)]
 
 
@@ -296,6 +296,7 @@ def test_many_calls_that_fail_leave_no_descriptor_and_no_thread(tmp_path: Path) 
         for _ in range(20):
             refused(lambda: search(vectors, 0.02))
         holds_no_more_than(before._replace(descriptors=before.descriptors + 20))  # the server keeps its own ends
+        assert threading.active_count() <= before.threads
     holds_no_more_than(before)
 
 
