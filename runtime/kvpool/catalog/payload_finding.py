@@ -4,11 +4,10 @@ psycopg's cursors wait where they send, and take longer for one row than the ser
 """
 
 import struct
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
+from typing import TypeVar
 
 import psycopg
 from psycopg import pq
@@ -27,6 +26,7 @@ _STATEMENT = sql.FIND.replace(b"%(keys)b", b"$1").replace(b"%(codecs)b", b"$2")
 _NAME = b"kvpool_find"
 _BINARY = 1
 _TYPES, _FORMATS = (BYTEA_ARRAY, INT2_ARRAY), (_BINARY, _BINARY)
+_Done = TypeVar("_Done")
 _INT2_VALUE, _INT4_VALUE = struct.Struct(">h"), struct.Struct(">i")
 
 
@@ -40,21 +40,11 @@ class RecordInquiry:
         self._keys, self._codecs = keys, codecs
         self._lent: AbstractContextManager[BoundedConnection] | None = sessions.borrow()
         self._connection = self._lent.__enter__()
-        try:
-            _send(self._connection, (key_array(keys), int2_array(codecs)))
-            self._connection.began_s = time.monotonic()
-        except BaseException:
-            self._give_back(*sys.exc_info())
-            raise
+        self._or_give_back(self._begin)
 
     def answer(self) -> list[Found | None]:
         """As `Inquiry` says."""
-        try:
-            there = _rows(self._connection.wait(_result(self._connection.pgconn)))
-            self._connection.began_s = None  # where nothing had to be waited for, it is still set
-        except BaseException:
-            self._give_back(*sys.exc_info())
-            raise
+        there = self._or_give_back(self._await)
         self._give_back()
         if not there:
             return [None] * len(self._keys)
@@ -64,16 +54,31 @@ class RecordInquiry:
         """As `Inquiry` says. A connection whose answer has not been read is closed."""
         self._give_back()
 
-    def _give_back(
-        self,
-        kind: type[BaseException] | None = None,
-        fault: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        """Give the connection back, once. A fault is raised where it was borrowed, which closes it."""
+    def _begin(self) -> None:
+        _send(self._connection, (key_array(self._keys), int2_array(self._codecs)))
+        self._connection.began_s = time.monotonic()
+
+    def _await(self) -> dict[tuple[bytes, int], int]:
+        there = _rows(self._connection.wait(_result(self._connection.pgconn)))
+        self._connection.began_s = None  # where nothing had to be waited for, it is still set
+        return there
+
+    def _or_give_back(self, work: Callable[[], _Done]) -> _Done:
+        """What the work returns. What it raises is raised where the connection was borrowed, which closes it."""
+        try:
+            return work()
+        except BaseException as fault:
+            self._give_back(fault)
+            raise
+
+    def _give_back(self, fault: BaseException | None = None) -> None:
         lent, self._lent = self._lent, None
-        if lent is not None:
-            lent.__exit__(kind, fault, traceback)
+        if lent is None:
+            return
+        if fault is None:
+            lent.__exit__(None, None, None)
+        else:
+            lent.__exit__(type(fault), fault, fault.__traceback__)
 
 
 def _send(connection: BoundedConnection, parameters: tuple[bytes, bytes]) -> None:

@@ -1,6 +1,8 @@
 """Answers by key: where blocks lie, as far as the catalog was told, and why copies of them went."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -60,28 +62,22 @@ class Eviction(NamedTuple):
 def locate(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, list[Location]]:
     """Where these blocks lie, each one's oldest copy first; no entry where it lies nowhere, as far as is known."""
     found: dict[BlockKey, list[Location]] = {}
-    nodes: dict[bytes, UUID] = {}
     if len(keys) == 1:
         rows = connection.execute(LOCATE_ONE, {"key": keys[0]}, binary=True)
     else:
         rows = connection.execute(LOCATE, {"keys": KeyArray(keys)}, binary=True)
     while some := rows.fetchmany(_AT_ONCE):
         for key, tier, node, codec, nbytes, since_s in some:
-            if node not in nodes:
-                nodes[node] = UUID(bytes=node)
-            copy = Location(_TIERS[tier], nodes[node], codec, nbytes, since_s)
-            if key in found:
-                found[key].append(copy)
-            else:
-                found[key] = [copy]
+            found.setdefault(key, []).append(Location(_TIERS[tier], _node(node), codec, nbytes, since_s))
     for copies in found.values():
         if len(copies) > 1:
-            copies.sort(key=_since)
+            copies.sort(key=attrgetter("since_s"))
     return found
 
 
-def _since(copy: Location) -> float:
-    return copy.since_s
+@lru_cache(1_024)
+def _node(raw: bytes) -> UUID:
+    return UUID(bytes=raw)
 
 
 def trail(connection: Connection, keys: Sequence[BlockKey]) -> Mapping[BlockKey, Eviction]:
